@@ -1,0 +1,306 @@
+"""Settings of networks and runs: frozen dataclasses, checked at construction, saved with every run as JSON."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal
+
+
+def check(condition: bool, message: str) -> None:
+    """Raise ValueError(message) unless the condition holds: user input, not invariants."""
+    if not condition:
+        raise ValueError(message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MARConfig:
+    """Sizes of a MAR network (MAR, arXiv 2406.11838)."""
+
+    grid: int = 16
+    """Tokens per side; an image is L = grid * grid tokens."""
+    token_dim: int = 16
+    """Channels of a token, D."""
+    num_classes: int = 1000
+    """Number of classes; one more embedding stands for "no class"."""
+    width: int = 768
+    """Width of encoder and decoder."""
+    depth: int = 12
+    """Transformer blocks of the encoder, and as many of the decoder."""
+    heads: int = 12
+    """Attention heads per block."""
+    buffer_size: int = 64
+    """Copies of the class embedding in front of the encoder's tokens."""
+    head_width: int = 1024
+    """Width of the MLP diffusion head."""
+    head_depth: int = 6
+    """Residual blocks of the head."""
+    dropout: float = 0.0
+    """Dropout of attention and projections while training (MAR uses 0.1; distillation and RL always use 0)."""
+    activation_checkpointing: bool = False
+    """Recompute transformer blocks in the backward pass instead of storing their activations."""
+
+    def __post_init__(self) -> None:
+        for name in ("grid", "token_dim", "num_classes", "width", "depth", "heads", "buffer_size", "head_width"):
+            check(getattr(self, name) >= 1, f"model.{name} must be at least 1, got {getattr(self, name)}")
+        check(self.head_depth >= 1, f"model.head_depth must be at least 1, got {self.head_depth}")
+        check(self.width % self.heads == 0, f"model.width {self.width} must be a multiple of model.heads {self.heads}")
+        check(0 <= self.dropout < 1, f"model.dropout must be in [0, 1), got {self.dropout}")
+
+    @property
+    def num_tokens(self) -> int:
+        return self.grid * self.grid
+
+
+PRESETS = {
+    "mar-b": MARConfig(),
+    "mar-l": MARConfig(width=1024, depth=16, heads=16, head_width=1280, head_depth=8),
+    "mar-h": MARConfig(width=1280, depth=20, heads=16, head_width=1536, head_depth=12),
+}
+"""The published ImageNet 256x256 models: 208, 479 and 943 million parameters."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudentConfig:
+    """How a one-step student is evaluated; stored with its weights."""
+
+    t_init: int = 755
+    """Timestep at which the head is evaluated once; sigma/alpha is 2.5 at 755 on the cosine schedule."""
+    guidance: float = 1.5
+    """Guidance scale the student was distilled for; with a range, the default at sampling."""
+    guidance_range: tuple[float, float] | None = None
+    """If set, the student takes the guidance scale as an input and serves any value in the range."""
+
+    def __post_init__(self) -> None:
+        check(1 <= self.t_init <= 950, f"t_init must be in [1, 950], got {self.t_init}: beyond 950 rounding dominates")
+        check(self.guidance >= 0, f"guidance must not be negative, got {self.guidance}")
+        if self.guidance_range is not None:
+            low, high = self.guidance_range
+            check(0 <= low <= self.guidance <= high, f"guidance {self.guidance} is outside guidance_range {low} {high}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """How images are drawn unless the caller says otherwise; stored with a model's weights."""
+
+    ar_steps: int = 8
+    """AR steps K, from 1 to the number of tokens."""
+    head_steps: int = 100
+    """Denoising steps of the inner chain (a student always uses one evaluation)."""
+    solver: Literal["ancestral", "ddim"] = "ancestral"
+    """How the inner chain steps."""
+    guidance: float = 1.5
+    """Guidance scale w; 1 is no guidance."""
+    guidance_schedule: Literal["constant", "linear"] = "constant"
+    """Constant w, or w growing linearly with the share of revealed tokens, from 1."""
+    temperature: float = 1.0
+    """Scale of the noise in the inner chain; for a student, of its input noise."""
+    order: str = "random"
+    """Unmasking order: random, raster or centre-out."""
+
+    def __post_init__(self) -> None:
+        check(self.ar_steps >= 1, f"the number of AR steps must be at least 1, got {self.ar_steps}")
+        check(self.head_steps >= 1, f"the number of denoising steps must be at least 1, got {self.head_steps}")
+        check(self.guidance >= 0, f"guidance must not be negative, got {self.guidance}; 1 is no guidance")
+        check(self.temperature >= 0, f"temperature must not be negative, got {self.temperature}")
+        known = ("random", "raster", "centre-out")
+        check(self.order in known, f"unknown order {self.order!r}: choose one of {', '.join(known)}")
+        for name, known in (("solver", ("ancestral", "ddim")), ("guidance_schedule", ("constant", "linear"))):
+            value = getattr(self, name)
+            check(value in known, f"unknown {name} {value!r}: choose one of {', '.join(known)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """What the three training loops share."""
+
+    seed: int = 0
+    """Every random number of the run derives from it."""
+    steps: int = 1000
+    """Updates."""
+    batch: int = 64
+    """Images per update, over all processes."""
+    save_every: int = 500
+    """Updates between checkpoints."""
+    sample_every: int = 500
+    """Updates between sample grids (samples/step-*.png); 0 for none."""
+    log_every: int = 20
+    """Updates between lines of metrics.jsonl."""
+    ema: float = 0.999
+    """Decay of the weights' exponential moving average, which is what is evaluated and shipped."""
+    clip_grad: float = 3.0
+    """Largest norm of a network's gradient."""
+    precision: Literal["float32", "bf16"] = "float32"
+    """bf16: autocast of the transformer and the head's blocks; norms, head output and losses stay float32."""
+    device: str = "auto"
+    """cpu, cuda, or auto: cuda where there is one."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "save_every", "log_every"):
+            check(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
+        check(self.sample_every >= 0, f"sample_every must not be negative, got {self.sample_every}")
+        check(0 <= self.ema < 1, f"ema must be in [0, 1), got {self.ema}")
+        check(self.clip_grad > 0, f"clip_grad must be positive, got {self.clip_grad}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(RunConfig):
+    """Training of a MAR teacher with the diffusion loss."""
+
+    data: str = "digits"
+    """`digits` (embedded), or a folder with one sub-folder of images per class."""
+    patch_size: int = 2
+    """Side of the square pixel patch that makes a token."""
+    model: MARConfig = MARConfig()
+    """The network; its grid, token_dim and num_classes are set from the data."""
+    lr: float = 1e-3
+    """Peak learning rate of AdamW (betas 0.9, 0.95)."""
+    weight_decay: float = 0.02
+    """Decoupled weight decay of matrices; vectors have none."""
+    warmup: int = 100
+    """Updates of linear warm-up."""
+    decay: bool = True
+    """Cosine decay of the learning rate to zero; otherwise constant, as MAR trains."""
+    class_drop: float = 0.1
+    """Probability of training an image without its class."""
+    head_batch_mul: int = 4
+    """Diffusion timesteps per token and update (MAR's diffusion_batch_mul)."""
+    shift: int = 0
+    """Largest random translation of the training images, in pixels (replicated borders); 0 for none."""
+    sampling: SamplingConfig = SamplingConfig()
+    """Defaults stored with the model, used for the sample grids."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self.lr > 0, f"lr must be positive, got {self.lr}")
+        check(0 <= self.class_drop < 1, f"class_drop must be in [0, 1), got {self.class_drop}")
+        check(self.head_batch_mul >= 1, f"head_batch_mul must be at least 1, got {self.head_batch_mul}")
+        check(self.shift >= 0, f"shift must not be negative, got {self.shift}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GSIMConfig:
+    """The GSIM objective (marval.gsim)."""
+
+    lam: float = -0.4
+    """Weight lambda of the distance term L2; the paper's is 1, SiD's best alpha 1.0 .. 1.2 is 0 .. -0.4."""
+    distance: Literal["pseudo-huber", "squared"] = "pseudo-huber"
+    """Distance between the two scores."""
+    t_range: tuple[int, int] = (20, 950)
+    """Timesteps of the student loss, both ends included."""
+    auxiliary_t_range: tuple[int, int] = (0, 999)
+    """Timesteps of the auxiliary loss, both ends included."""
+    auxiliary_updates: int = 1
+    """Auxiliary updates per student update."""
+    lr: float = 2e-4
+    """Student's learning rate, Adam with betas (0, 0.999)."""
+    auxiliary_lr: float = 4e-4
+    """Auxiliary's learning rate, Adam with betas (0, 0.999)."""
+
+    def __post_init__(self) -> None:
+        for name in ("t_range", "auxiliary_t_range"):
+            low, high = getattr(self, name)
+            check(0 <= low <= high <= 999, f"{name} must satisfy 0 <= low <= high <= 999, got {low} {high}")
+        check(self.auxiliary_updates >= 1, f"auxiliary_updates must be at least 1, got {self.auxiliary_updates}")
+        check(self.lr >= 0 and self.auxiliary_lr > 0, f"learning rates must be positive: {self.lr} {self.auxiliary_lr}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillConfig(RunConfig):
+    """Distillation of a teacher into a one-step student."""
+
+    data: str = "digits"
+    """Images whose tokens give the contexts: `digits`, or a folder with one sub-folder per class."""
+    gsim: GSIMConfig = GSIMConfig()
+    """The objective."""
+    student: StudentConfig = StudentConfig()
+    """How the student is evaluated: t_init, guidance, or a range of guidance scales as an input."""
+    trained: Literal["head", "all"] = "head"
+    """Train the head on the teacher's frozen backbone (contexts computed once for all three heads), or everything."""
+    mask_ratios: Literal["training", "inference"] = "inference"
+    """Masked tokens per context: the training distribution, or that of the K AR steps of sampling."""
+    rollout: float = 0.0
+    """Share of updates whose contexts come from the student's own rollout instead of data."""
+    ar_steps: int = 8
+    """AR steps K of inference mask ratios, of rollouts and of sampling."""
+    warmup: int = 20
+    """Updates of linear warm-up of both learning rates."""
+    decay: bool = True
+    """Cosine decay of both learning rates to zero."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(0 <= self.rollout <= 1, f"rollout must be in [0, 1], got {self.rollout}")
+        check(self.ar_steps >= 1, f"ar_steps must be at least 1, got {self.ar_steps}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RLConfig(RunConfig):
+    """Reward post-training of a student."""
+
+    reward: str = "classifier"
+    """`classifier` (log-probability of the asked class), `reads-class` (1 if the classifier reads it, else 0),
+    or `path/to/file.py:function`: a callable (images float NCHW in [0, 1], prompts list[str]) -> (B,)."""
+    classifier: str = ""
+    """Folder of the classifier that the built-in rewards use (marval train-classifier)."""
+    judge: str = ""
+    """Folder of another classifier whose accuracy is watched, never trained on; empty for none."""
+    prompt: str = "a high-quality and harmonious picture of {class}"
+    """Prompt of each image; {class} is replaced by the class name."""
+    algorithm: Literal["gradient", "group"] = "gradient"
+    """Backpropagate a differentiable reward through the rollout, or group-relative policy gradient for a black box."""
+    trained: Literal["head", "all"] = "head"
+    """Train the head, or everything."""
+    ar_steps: int = 8
+    """AR steps K of a rollout."""
+    grad_ar_steps: int = 0
+    """Backpropagate only the last n AR steps; 0 for all."""
+    checkpoint_ar_steps: bool = True
+    """Store only the tokens of each AR step and recompute the rest in the backward pass."""
+    group_size: int = 8
+    """Images per group; a group shares class and order (algorithm group)."""
+    std: float = 0.1
+    """Exploration: standard deviation of the Gaussian around each token (algorithm group)."""
+    clip: float = 0.2
+    """Clipping of the probability ratio (algorithm group)."""
+    inner_updates: int = 1
+    """Updates per batch of rollouts (algorithm group)."""
+    kl: float = 0.0
+    """Weight of the KL divergence to the starting student (algorithm group)."""
+    anchor: float = 1.0
+    """Weight of the GSIM term towards the teacher; 0 switches it and its auxiliary off."""
+    hinge: float | None = None
+    """Rewards above this value earn nothing more (algorithm gradient)."""
+    patience: int = 3
+    """Stop after this many evaluations without a better held-out score; 0 for never."""
+    eval_every: int = 20
+    """Updates between held-out evaluations."""
+    eval_images: int = 500
+    """Images of a held-out evaluation."""
+    gsim: GSIMConfig = GSIMConfig(lr=1e-4, auxiliary_lr=2e-4)
+    """The anchor's objective, and the learning rates of student and auxiliary."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self.anchor >= 0 and self.kl >= 0, f"anchor and kl must not be negative: {self.anchor} {self.kl}")
+        check(self.std > 0, f"std must be positive, got {self.std}")
+        check(self.clip > 0, f"clip must be positive, got {self.clip}")
+        check(self.inner_updates >= 1, f"inner_updates must be at least 1, got {self.inner_updates}")
+        check(0 <= self.grad_ar_steps <= self.ar_steps, f"grad_ar_steps {self.grad_ar_steps} must be in [0, ar_steps]")
+        if self.algorithm == "group":
+            check(self.group_size >= 2, f"group_size must be at least 2, got {self.group_size}")
+            check(
+                self.batch % self.group_size == 0,
+                f"batch {self.batch} must be a multiple of group_size {self.group_size}",
+            )
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A dataclass as plain JSON types."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(cls: Any, values: dict[str, Any]) -> Any:
+    """A flat dataclass from JSON types; lists become tuples. Raises ValueError on an unknown name."""
+    known = {field.name for field in dataclasses.fields(cls)}
+    if unknown := set(values) - known:
+        raise ValueError(f"{cls.__name__} has no setting {sorted(unknown)[0]!r}")
+    return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})

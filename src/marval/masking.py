@@ -1,0 +1,90 @@
+"""Which tokens are hidden, and when each is revealed: orders, the unmasking schedule, training mask ratios.
+
+An order is a permutation of the L token positions (row-major over the grid) in the order in which they are REVEALED:
+``orders[b, 0]`` is drawn first. (The reference MAR stores the reverse: its masked tokens are the first entries.)
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+ORDERS = ("random", "raster", "centre-out")
+
+
+def random_order(length: int, generator: torch.Generator) -> Tensor:
+    """(L,) a uniformly random permutation."""
+    return torch.randperm(length, generator=generator, device=generator.device)
+
+
+def raster_order(length: int) -> Tensor:
+    """(L,) row by row."""
+    return torch.arange(length)
+
+
+def centre_out_order(grid: int) -> Tensor:
+    """(grid * grid,) from the centre of the image outwards; equal distances in raster order."""
+    axis = torch.arange(grid) - (grid - 1) / 2
+    return torch.argsort((axis[:, None] ** 2 + axis[None, :] ** 2).flatten(), stable=True)
+
+
+def check_order(order: Tensor, length: int) -> Tensor:
+    """The order as int64.
+
+    Raises:
+        ValueError: a row of the (L,) or (B, L) tensor is not a permutation of 0 .. L-1.
+    """
+    order = order.long()
+    if order.shape[-1] != length:
+        raise ValueError(f"an order must list all {length} token positions, got {order.shape[-1]}")
+    for row in order.reshape(-1, length):
+        if not torch.equal(row.sort().values, torch.arange(length, device=row.device)):
+            counts = torch.bincount(row.clamp(0, length - 1), minlength=length)
+            wrong = int((counts != 1).nonzero()[0])
+            raise ValueError(
+                f"an order must be a permutation of 0..{length - 1}: position {wrong} occurs {int(counts[wrong])} times"
+            )
+    return order
+
+
+def masked_counts(length: int, ar_steps: int) -> list[int]:
+    """Number of masked tokens before each AR step and after the last: K + 1 entries from L down to 0.
+
+    After step k of K it is floor(L cos(pi/2 (k+1)/K)), but at least 1 before the last step and at least one token
+    fewer than before (MaskGIT's cosine schedule as MAR uses it).
+
+    Raises:
+        ValueError: ``ar_steps`` is not in [1, length].
+    """
+    if not 1 <= ar_steps <= length:
+        raise ValueError(f"the number of AR steps must be in [1, {length}] for {length} tokens, got {ar_steps}")
+    counts = [length]
+    for k in range(1, ar_steps):
+        counts.append(max(1, min(counts[-1] - 1, math.floor(length * math.cos(math.pi / 2 * k / ar_steps)))))
+    return [*counts, 0]
+
+
+def linear_guidance(w: float, masked_after: int, length: int) -> float:
+    """Muse's schedule as MAR uses it: 1 + (w - 1) (L - masked) / L, with at least one token counted as masked."""
+    return 1 + (w - 1) * (length - max(1, masked_after)) / length
+
+
+def training_masked_count(length: int, uniform: float, minimum: float = 0.7) -> int:
+    """Number of masked tokens for training: ceil(L r), r ~ normal(1, 0.25) truncated to [minimum, 1].
+
+    Args:
+        uniform: a draw of U[0, 1), turned into r by the inverse CDF.
+    """
+
+    def cdf(x: float) -> float:
+        return 0.5 * (1 + math.erf(x / math.sqrt(2)))
+
+    low = cdf((minimum - 1) / 0.25)
+    quantile = torch.tensor(low + uniform * (0.5 - low), dtype=torch.float64)
+    ratio = 1 + 0.25 * float(torch.special.ndtri(quantile))
+    return max(1, min(length, math.ceil(length * ratio)))
+
+
+def inference_masked_count(length: int, ar_steps: int, uniform: float) -> int:
+    """Number of masked tokens that a uniformly drawn one of the K AR steps of inference sees. ``uniform``: U[0, 1)."""
+    return masked_counts(length, ar_steps)[int(uniform * ar_steps)]

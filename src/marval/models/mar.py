@@ -1,0 +1,152 @@
+"""The MAR network: an encoder over the visible tokens, a decoder over all positions, a condition for each token.
+
+It knows no loss, sampler or tokenizer. Visible tokens are given as indices, as many for every image of a batch, so
+that each shape is static: no boolean gathers, no device synchronisation. Blocks have timm's parameter names.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from marval.config import MARConfig
+from marval.models.head import DiffusionHead
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention."""
+
+    def __init__(self, width: int, heads: int, dropout: float):
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, width = x.shape
+        q, k, v = self.qkv(x).view(batch, length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
+        x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
+        return F.dropout(self.proj(x.transpose(1, 2).reshape(batch, length, width)), self.dropout, self.training)
+
+
+class MLP(nn.Module):
+    """Linear - GELU - Linear, four times wider inside."""
+
+    def __init__(self, width: int, dropout: float):
+        super().__init__()
+        self.dropout = dropout
+        self.fc1 = nn.Linear(width, 4 * width)
+        self.fc2 = nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.dropout(F.gelu(self.fc1(x)), self.dropout, self.training)
+        return F.dropout(self.fc2(x), self.dropout, self.training)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self, width: int, heads: int, dropout: float):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.attn = Attention(width, heads, dropout)
+        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.mlp = MLP(width, dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class MAR(nn.Module):
+    """Masked autoregressive model over L continuous tokens (MAR, arXiv 2406.11838).
+
+    `condition` is the backbone; `head` (a `DiffusionHead`) draws or scores a token given its condition.
+    ``guidance_input`` makes it a student whose head also takes the guidance scale.
+    """
+
+    def __init__(self, config: MARConfig, guidance_input: bool = False):
+        super().__init__()
+        self.config = config
+        width, length = config.width, config.num_tokens + config.buffer_size
+        self.class_emb = nn.Embedding(config.num_classes, width)
+        self.fake_latent = nn.Parameter(torch.empty(1, width))
+        self.z_proj = nn.Linear(config.token_dim, width)
+        self.z_proj_ln = nn.LayerNorm(width, eps=1e-6)
+        self.encoder_pos_embed_learned = nn.Parameter(torch.empty(1, length, width))
+        self.encoder_blocks = nn.ModuleList([Block(width, config.heads, config.dropout) for _ in range(config.depth)])
+        self.encoder_norm = nn.LayerNorm(width, eps=1e-6)
+        self.decoder_embed = nn.Linear(width, width)
+        self.mask_token = nn.Parameter(torch.empty(1, 1, width))
+        self.decoder_pos_embed_learned = nn.Parameter(torch.empty(1, length, width))
+        self.decoder_blocks = nn.ModuleList([Block(width, config.heads, config.dropout) for _ in range(config.depth)])
+        self.decoder_norm = nn.LayerNorm(width, eps=1e-6)
+        self.diffusion_pos_embed_learned = nn.Parameter(torch.empty(1, config.num_tokens, width))
+        self._initialise()
+        self.head = DiffusionHead(config.token_dim, width, config.head_width, config.head_depth, guidance_input)
+
+    def _initialise(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        for parameter in (
+            self.class_emb.weight, self.fake_latent, self.mask_token, self.encoder_pos_embed_learned,
+            self.decoder_pos_embed_learned, self.diffusion_pos_embed_learned,
+        ):  # fmt: skip
+            nn.init.normal_(parameter, std=0.02)
+
+    def _blocks(self, blocks: nn.ModuleList, x: Tensor) -> Tensor:
+        for block in blocks:
+            if self.config.activation_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, use_reentrant=False)  # type: ignore[assignment]
+            else:
+                x = block(x)
+        return x
+
+    def class_embedding(self, labels: Tensor) -> Tensor:
+        """(B,) classes in [0, num_classes], where num_classes stands for "no class" -> (B, E)."""
+        embedding = self.class_emb(labels.clamp(max=self.config.num_classes - 1))
+        return torch.where((labels == self.config.num_classes)[:, None], self.fake_latent, embedding)
+
+    def encode(self, tokens: Tensor, visible: Tensor, labels: Tensor) -> Tensor:
+        """Encoder over buffer and visible tokens.
+
+        Args:
+            tokens: (B, L, D), read at visible positions only.
+            visible: (B, V) int64 positions, ascending, no repeats; V may be 0.
+            labels: (B,) classes; num_classes for none.
+
+        Returns:
+            (B, buffer_size + V, E).
+        """
+        buffer = self.config.buffer_size
+        seen = tokens.gather(1, visible[..., None].expand(-1, -1, tokens.shape[-1]))
+        position = self.encoder_pos_embed_learned
+        x = torch.cat(
+            [
+                self.class_embedding(labels)[:, None] + position[:, :buffer],
+                self.z_proj(seen) + position[0, buffer:][visible],
+            ],
+            dim=1,
+        )
+        return self.encoder_norm(self._blocks(self.encoder_blocks, self.z_proj_ln(x)))
+
+    def decode(self, encoded: Tensor, visible: Tensor) -> Tensor:
+        """Decoder over all positions. (B, buffer_size + V, E) from `encode`, (B, V) -> conditions (B, L, E)."""
+        buffer = self.config.buffer_size
+        x = self.decoder_embed(encoded)
+        batch, _, width = x.shape
+        hidden = self.mask_token.to(x.dtype).expand(batch, self.config.num_tokens, -1)
+        hidden = hidden.scatter(1, visible[..., None].expand(-1, -1, width), x[:, buffer:])
+        x = torch.cat([x[:, :buffer], hidden], dim=1) + self.decoder_pos_embed_learned
+        x = self.decoder_norm(self._blocks(self.decoder_blocks, x))
+        return x[:, buffer:] + self.diffusion_pos_embed_learned
+
+    def condition(self, tokens: Tensor, visible: Tensor, labels: Tensor) -> Tensor:
+        """The condition c of every token given the visible ones: `decode` of `encode`. -> (B, L, E)."""
+        return self.decode(self.encode(tokens, visible, labels), visible)
+
+    def backbone_parameters(self) -> list[nn.Parameter]:
+        """All parameters but the head's."""
+        return [parameter for name, parameter in self.named_parameters() if not name.startswith("head.")]

@@ -1,0 +1,298 @@
+"""A model as users meet it: network, tokenizer, class names and sampling defaults, loaded from one folder."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from marval import masking, sampling
+from marval.checkpoint import load_strictly, load_tensors, read_json, save_tensors, write_json
+from marval.config import MARConfig, SamplingConfig, StudentConfig, from_dict, to_dict
+from marval.diffusion import cosine_schedule, respace
+from marval.models.mar import MAR
+from marval.rng import ImageNoise
+from marval.tokenizers import Tokenizer, to_float, to_uint8, tokenizer_from_dict, tokenizer_to_dict
+
+FORMAT = 1
+
+
+class Pipeline:
+    """A MAR teacher (``student is None``) or a one-step student, ready to sample.
+
+    Attributes:
+        network: the `MAR`, in eval mode. tokenizer: images <-> tokens. class_names: one per class.
+        student: how a student is evaluated. sampling: defaults of every `sample` argument.
+        provenance: free JSON: recipe, data, licence of the data, numbers.
+    """
+
+    def __init__(
+        self, network: MAR, tokenizer: Tokenizer, class_names: Sequence[str], sampling: SamplingConfig,
+        student: StudentConfig | None = None, provenance: dict[str, Any] | None = None,
+    ):  # fmt: skip
+        self.network = network.eval()
+        self.tokenizer = tokenizer
+        self.class_names = list(class_names)
+        self.sampling = sampling
+        self.student = student
+        self.provenance = provenance or {}
+        self.schedule = cosine_schedule()
+
+    @property
+    def device(self) -> torch.device:
+        return self.network.fake_latent.device
+
+    def to(self, device: torch.device | str) -> "Pipeline":
+        """Move the network."""
+        self.network.to(device)
+        return self
+
+    # ---- files
+
+    @classmethod
+    def load(cls, path: str | Path, device: torch.device | str = "cpu") -> "Pipeline":
+        """A folder that marval wrote (train, distill, rl, import-mar).
+
+        Raises:
+            ValueError: something is missing, damaged or does not fit; the message names the file and the tensor.
+        """
+        path = Path(path)
+        config = read_json(path / "config.json")
+        if not isinstance(config, dict) or config.get("format") != FORMAT or "model" not in config:
+            raise ValueError(f"{path / 'config.json'} does not describe a marval model (format {FORMAT})")
+        try:
+            student = None if config["student"] is None else from_dict(StudentConfig, config["student"])
+            network = MAR(from_dict(MARConfig, config["model"]), bool(student and student.guidance_range))
+            tokenizer = tokenizer_from_dict(config["tokenizer"])
+            sampling_defaults = from_dict(SamplingConfig, config["sampling"])
+            names = config["class_names"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path / 'config.json'}: {error}") from None
+        file = path / "model.safetensors"
+        load_strictly(network, load_tensors(file), str(file))
+        return cls(network, tokenizer, names, sampling_defaults, student, config.get("provenance")).to(device)
+
+    def save(self, path: str | Path) -> None:
+        """Write ``config.json`` and ``model.safetensors`` into the folder, each atomically."""
+        path = Path(path)
+        path.mkdir(parents=True, exist_ok=True)
+        save_tensors(path / "model.safetensors", self.network.state_dict())
+        config = {
+            "format": FORMAT,
+            "model": to_dict(self.network.config),
+            "student": None if self.student is None else to_dict(self.student),
+            "tokenizer": tokenizer_to_dict(self.tokenizer),
+            "sampling": to_dict(self.sampling),
+            "class_names": self.class_names,
+            "provenance": self.provenance,
+        }
+        write_json(path / "config.json", config)
+
+    # ---- arguments
+
+    def label(self, name: int | str | None) -> int:
+        """A class by index or name; None is "no class".
+
+        Raises:
+            ValueError: unknown class.
+        """
+        if name is None:
+            return self.network.config.num_classes
+        if str(name) in self.class_names:
+            return self.class_names.index(str(name))
+        try:
+            index = int(name)
+        except ValueError:
+            index = -1
+        if not 0 <= index < len(self.class_names):
+            known = ", ".join(self.class_names[:12]) + (", ..." if len(self.class_names) > 12 else "")
+            raise ValueError(f"unknown class {name!r}: give an index in [0, {len(self.class_names) - 1}] or of {known}")
+        return index
+
+    def settings(self, **overrides: Any) -> SamplingConfig:
+        """The sampling defaults with every override that is not None, checked against this model.
+
+        Raises:
+            ValueError: a value is out of range, or this model cannot serve it.
+        """
+        given = {name: value for name, value in overrides.items() if value is not None}
+        config = dataclasses.replace(self.sampling, **given)
+        masking.masked_counts(self.network.config.num_tokens, config.ar_steps)
+        respace(self.schedule, config.head_steps)
+        if self.student is not None:
+            if self.student.guidance_range is None:
+                if config.guidance != self.student.guidance or config.guidance_schedule != "constant":
+                    raise ValueError(
+                        f"this student was distilled for a constant guidance of {self.student.guidance}, not for "
+                        f"{config.guidance} ({config.guidance_schedule}): distil with a guidance range to choose freely"
+                    )
+            else:
+                low, high = self.student.guidance_range
+                first = min(1.0, config.guidance) if config.guidance_schedule == "linear" else config.guidance
+                if not low <= first <= config.guidance <= high:
+                    raise ValueError(f"this student serves guidance in [{low}, {high}], got {config.guidance}")
+        return config
+
+    # ---- sampling
+
+    @torch.no_grad()
+    def sample(
+        self, classes: Sequence[int | str | None] | int | str | None = None, *, num_images: int | None = None,
+        seed: int = 0, ar_steps: int | None = None, head_steps: int | None = None,
+        solver: Literal["ancestral", "ddim"] | None = None, guidance: float | None = None,
+        guidance_schedule: Literal["constant", "linear"] | None = None, temperature: float | None = None,
+        order: str | Sequence[int] | Tensor | None = None, batch_size: int = 64,
+        images: np.ndarray | None = None, keep: np.ndarray | Tensor | None = None,
+    ) -> np.ndarray:  # fmt: skip
+        """Draw images. Every argument left out takes the model's default.
+
+        Args:
+            classes: class indices or names, repeated in turn up to ``num_images``; None is unconditional.
+            num_images: how many; by default one per class given.
+            seed: image i of a seed is the same in any batch size and on any number of processes.
+            ar_steps: K, from 1 to the number of tokens.
+            head_steps, solver: the teacher's inner chain: 1..1000 steps, ``ancestral`` or ``ddim``.
+            guidance: scale w >= 0, 1 is none. guidance_schedule: ``constant`` or ``linear``.
+            temperature: scale of the noise, >= 0.
+            order: ``random``, ``raster``, ``centre-out``, or a permutation (L,), or one per image (num_images, L),
+                in the order in which tokens are revealed.
+            images, keep: inpainting. uint8 NHWC images, and a boolean mask of the token grid, (grid, grid) or one
+                per image (num_images, grid, grid): True tokens are kept, the others drawn.
+
+        Returns:
+            uint8 NHWC (num_images, H, W, C).
+
+        Raises:
+            ValueError: an argument is out of range; the message names it.
+        """
+        batches = self._token_batches(
+            classes, num_images, seed, batch_size, order, images, keep,
+            ar_steps=ar_steps, head_steps=head_steps, solver=solver, guidance=guidance,
+            guidance_schedule=guidance_schedule, temperature=temperature,
+        )  # fmt: skip
+        parts = [(rows, to_uint8(self.tokenizer.decode(tokens)).cpu().numpy()) for rows, tokens in batches]
+        return _in_order(parts)
+
+    @torch.no_grad()
+    def sample_tokens(
+        self, classes: Sequence[int | str | None] | int | str | None = None, *, num_images: int | None = None,
+        seed: int = 0, batch_size: int = 64, order: str | Sequence[int] | Tensor | None = None, **settings: Any,
+    ) -> Tensor:  # fmt: skip
+        """As `sample`, without decoding: tokens (num_images, L, D) float32 on the CPU."""
+        batches = self._token_batches(classes, num_images, seed, batch_size, order, None, None, **settings)
+        return torch.from_numpy(_in_order([(rows, tokens.float().cpu().numpy()) for rows, tokens in batches]))
+
+    def _token_batches(
+        self, classes: Any, num_images: int | None, seed: int, batch_size: int, order: Any,
+        images: np.ndarray | None, keep: Any, **overrides: Any,
+    ):  # fmt: skip
+        named_order = order if isinstance(order, str) else None
+        config = self.settings(order=named_order, **overrides)
+        if seed < 0:
+            raise ValueError(f"the seed must not be negative, got {seed}")
+        if batch_size < 1:
+            raise ValueError(f"the batch size must be at least 1, got {batch_size}")
+        given = [classes] if classes is None or isinstance(classes, int | str) else list(classes)
+        if not given:
+            raise ValueError("classes is empty: give at least one, or None for unconditional images")
+        if num_images is None:
+            num_images = len(given) if images is None else len(images)
+        if num_images < 1:
+            raise ValueError(f"the number of images must be at least 1, got {num_images}")
+        labels = [self.label(given[i % len(given)]) for i in range(num_images)]
+        orders = None if order is None or named_order else self._given_orders(order, num_images)
+        known, kept = self._inpainting(images, keep, num_images)
+
+        kept_counts = kept.sum(1).tolist()
+        for count in sorted(set(kept_counts)):  # static shapes: images with equally many known tokens go together
+            rows = [i for i in range(num_images) if kept_counts[i] == count]
+            for start in range(0, len(rows), batch_size):
+                batch = rows[start : start + batch_size]
+                yield batch, self.draw_batch(
+                    config, torch.tensor([labels[i] for i in batch]), ImageNoise(seed, batch, self.device),
+                    None if orders is None else orders[batch],
+                    None if known is None else known[batch], kept[batch],
+                )  # fmt: skip
+
+    def _given_orders(self, order: Any, num_images: int) -> Tensor:
+        orders = masking.check_order(torch.as_tensor(order), self.network.config.num_tokens)
+        if orders.ndim == 2 and len(orders) != num_images:
+            raise ValueError(f"give one order, or one for each of the {num_images} images; got {len(orders)}")
+        return orders.expand(num_images, -1)
+
+    def _inpainting(self, images: np.ndarray | None, keep: Any, num_images: int) -> tuple[Tensor | None, Tensor]:
+        grid, length = self.network.config.grid, self.network.config.num_tokens
+        if (images is None) != (keep is None):
+            raise ValueError("inpainting needs both images and keep")
+        if images is None:
+            return None, torch.zeros(num_images, length, dtype=torch.bool)
+        if len(images) != num_images or images.dtype != np.uint8 or images.ndim != 4:
+            raise ValueError(f"images must be uint8 NHWC, {num_images} of them; got {images.dtype} {images.shape}")
+        known = self.tokenizer.encode(to_float(torch.from_numpy(images)))
+        kept = torch.as_tensor(keep, dtype=torch.bool)
+        if tuple(kept.shape) not in ((grid, grid), (num_images, grid, grid)):
+            raise ValueError(f"keep must be a ({grid}, {grid}) mask of tokens, or one per image; got {kept.shape}")
+        return known, kept.reshape(-1, length).expand(num_images, -1)
+
+    def draw_batch(
+        self, config: SamplingConfig, labels: Tensor, noise: ImageNoise, orders: Tensor | None = None,
+        known: Tensor | None = None, kept: Tensor | None = None, trace: list[Tensor] | None = None,
+    ) -> Tensor:  # fmt: skip
+        """One batch of tokens (B, L, D).
+
+        Args:
+            labels: (B,) on any device. noise: of these images. orders: (B, L), else drawn or made by name.
+            known, kept: tokens (B, L, D) and a mask (B, L) with equally many True in each row.
+            trace: filled with the tokens after each AR step.
+        """
+        length, device = self.network.config.num_tokens, self.device
+        orders = self.make_orders(config.order, noise) if orders is None else orders.to(device)
+        num_known = 0
+        if kept is not None and bool(kept.any()):
+            num_known = int(kept[0].sum())
+            known_first = torch.argsort(kept.to(device).gather(1, orders).int(), dim=1, descending=True, stable=True)
+            orders = orders.gather(1, known_first)
+        z = noise.randn(length, self.network.config.token_dim)
+        if num_known == length:
+            assert known is not None
+            return known.to(device)
+        to_draw = length - num_known
+        steps = sampling.unmask(
+            self.network, self.draw(config, noise), labels.to(device), orders,
+            masking.masked_counts(to_draw, min(config.ar_steps, to_draw)), z,
+            guidance=config.guidance, guidance_schedule=config.guidance_schedule, needs_null=self.student is None,
+            tokens=None if known is None or num_known == 0 else known.to(device),
+        )  # fmt: skip
+        tokens = z
+        for tokens in steps:
+            if trace is not None:
+                trace.append(tokens)
+        return tokens
+
+    def make_orders(self, order: str, noise: ImageNoise) -> Tensor:
+        """(B, L) orders by name; random ones from each image's own generator."""
+        grid, count = self.network.config.grid, len(noise.generators)
+        if order == "random":
+            return noise.permutation(grid * grid)
+        fixed = masking.raster_order(grid * grid) if order == "raster" else masking.centre_out_order(grid)
+        return fixed.to(self.device).expand(count, -1)
+
+    def draw(self, config: SamplingConfig, noise: ImageNoise) -> sampling.DrawTokens:
+        """How this model draws a token: the inner chain of a teacher, one evaluation of a student."""
+        head, clamp = self.network.head, self.tokenizer.token_range
+        if self.student is None:
+            schedule = respace(self.schedule, config.head_steps)
+            return sampling.diffusion_chain(head, schedule, noise, config.solver, config.temperature, clamp)
+        return sampling.one_evaluation(head, self.schedule, self.student.t_init, config.temperature, clamp)
+
+
+def _in_order(parts: list[tuple[list[int], np.ndarray]]) -> np.ndarray:
+    """Rows of all parts, back in the order of their indices."""
+    rows = np.concatenate([np.asarray(rows) for rows, _ in parts])
+    return np.concatenate([values for _, values in parts])[np.argsort(rows)]
+
+
+load = Pipeline.load

@@ -1,0 +1,131 @@
+"""The outer autoregressive loop: reveal the tokens of an image in any order, in K steps.
+
+One loop, `unmask`, serves the teacher (`diffusion_chain`) and the student (`one_evaluation`), generation and
+inpainting, sampling and differentiable rollouts. How a token is drawn is a callable:
+
+    draw(condition (B, N, E), null condition (B, N, E) or None, z (B, N, D), w) -> tokens (B, N, D)
+"""
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from marval import diffusion, gsim
+from marval.diffusion import Schedule
+from marval.masking import linear_guidance
+from marval.models.head import DiffusionHead
+from marval.models.mar import MAR
+from marval.rng import ImageNoise
+
+DrawTokens = Callable[[Tensor, Tensor | None, Tensor, float], Tensor]
+Clamp = tuple[float, float] | None
+
+
+def diffusion_chain(
+    head: DiffusionHead, schedule: Schedule, noise: ImageNoise, solver: Literal["ancestral", "ddim"] = "ancestral",
+    temperature: float = 1.0, clamp: Clamp = None,
+) -> DrawTokens:  # fmt: skip
+    """The teacher's draw: the inner chain over every step of ``schedule`` (respace it for fewer)."""
+    time_embeddings = head.time_embed(schedule.timesteps.to(noise.device))
+
+    def draw(condition: Tensor, null: Tensor | None, z: Tensor, w: float) -> Tensor:
+        embedded = head.cond_embed(condition if null is None else torch.cat([condition, null]))
+
+        def network(x: Tensor, i: int) -> Tensor:
+            if null is None:
+                return head.denoise(x, time_embeddings[i] + embedded)
+            out, out_null = head.denoise(torch.cat([x, x]), time_embeddings[i] + embedded).chunk(2)
+            eps, v = out.chunk(2, dim=-1)
+            return torch.cat([diffusion.guide(eps, out_null.chunk(2, dim=-1)[0], w), v], dim=-1)
+
+        noises = None
+        if solver == "ancestral":
+            noises = iter(noise.randn(len(schedule), *z.shape[1:]).transpose(0, 1))
+        return diffusion.denoise_chain(network, z, schedule, noises, temperature, clamp)
+
+    return draw
+
+
+def one_evaluation(
+    head: DiffusionHead, schedule: Schedule, t_init: int, temperature: float = 1.0, clamp: Clamp = None
+) -> DrawTokens:
+    """The student's draw: one evaluation of the head (`gsim.one_step`). Guidance is baked in, or an input."""
+
+    def draw(condition: Tensor, null: Tensor | None, z: Tensor, w: float) -> Tensor:
+        x = student_tokens(head, schedule, t_init, condition, temperature * z, z.new_tensor(w))
+        return x if clamp is None else x.clamp(*clamp)
+
+    return draw
+
+
+def student_tokens(
+    head: DiffusionHead, schedule: Schedule, t_init: int, condition: Tensor, z: Tensor, w: Tensor
+) -> Tensor:
+    """g(z, c): one-step tokens (..., D) at conditions (..., E), unclamped. ``w`` is read by a guidance-input head."""
+    embedded = head.embed(torch.tensor(t_init, device=z.device), condition, w)
+    return gsim.one_step(lambda x: head.denoise(x, embedded).chunk(2, dim=-1)[0], z, schedule, t_init)
+
+
+def gather_tokens(x: Tensor, positions: Tensor) -> Tensor:
+    """Rows of x (B, L, C) at positions (B, N) -> (B, N, C)."""
+    return x.gather(1, positions[..., None].expand(-1, -1, x.shape[-1]))
+
+
+def unmask(
+    network: MAR, draw: DrawTokens, labels: Tensor, orders: Tensor, counts: list[int], z: Tensor, *,
+    guidance: float = 1.0, guidance_schedule: Literal["constant", "linear"] = "constant", needs_null: bool = False,
+    tokens: Tensor | None = None, grad_ar_steps: int = 0, checkpoint_ar_steps: bool = False,
+) -> Iterator[Tensor]:  # fmt: skip
+    """The AR loop. Yields the tokens (B, L, D) after each step; the last is the image.
+
+    Args:
+        labels: (B,) classes; num_classes for none.
+        orders: (B, L) positions in the order in which they are revealed.
+        counts: masked tokens before each step and after the last (`masking.masked_counts`).
+        z: (B, L, D) initial noise of every position.
+        guidance: scale w; with the linear schedule, the final one.
+        needs_null: the draw combines two conditions: also run the backbone with the null class (unless w = 1).
+        tokens: (B, L, D) known tokens where counts[0] < L (inpainting); they must come first in the orders.
+        grad_ar_steps: if gradients are enabled, only the last so many steps carry them; 0 for all.
+        checkpoint_ar_steps: store only each step's tokens and recompute the rest in the backward pass.
+    """
+    length, num_classes = network.config.num_tokens, network.config.num_classes
+    if tokens is None:
+        tokens = torch.zeros_like(z)
+    doubled = needs_null and guidance != 1
+    both_labels = torch.cat([labels, torch.full_like(labels, num_classes)]) if doubled else labels
+    with_grad = torch.is_grad_enabled()
+    num_steps = len(counts) - 1
+
+    for k, (masked, masked_after) in enumerate(itertools.pairwise(counts)):
+        visible = orders[:, : length - masked].sort(dim=1).values
+        target = orders[:, length - masked : length - masked_after].sort(dim=1).values
+        w = linear_guidance(guidance, masked_after, length) if guidance_schedule == "linear" else guidance
+
+        def step(tokens: Tensor, visible: Tensor = visible, target: Tensor = target, w: float = w) -> Tensor:
+            if doubled:
+                both = network.condition(tokens.repeat(2, 1, 1), visible.repeat(2, 1), both_labels)
+                condition, null = gather_tokens(both, target.repeat(2, 1)).chunk(2)
+            else:
+                condition, null = gather_tokens(network.condition(tokens, visible, labels), target), None
+            new = draw(condition, null, gather_tokens(z, target), w)
+            return tokens.scatter(1, target[..., None].expand_as(new), new.to(tokens.dtype))
+
+        keep_grad = with_grad and (grad_ar_steps == 0 or k >= num_steps - grad_ar_steps)
+        with torch.set_grad_enabled(keep_grad):
+            if keep_grad and checkpoint_ar_steps:
+                tokens = checkpoint(step, tokens, use_reentrant=False, preserve_rng_state=False)
+            else:
+                tokens = step(tokens)
+        assert isinstance(tokens, Tensor)
+        yield tokens
+
+
+def last(steps: Iterator[Tensor]) -> Tensor:
+    """The final tokens of `unmask`."""
+    *_, final = steps
+    return final
