@@ -7,6 +7,7 @@ inpainting, sampling and differentiable rollouts. How a token is drawn is a call
 """
 
 import itertools
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Literal
 
@@ -127,5 +128,4 @@ def unmask(
 
 def last(steps: Iterator[Tensor]) -> Tensor:
     """The final tokens of `unmask`."""
-    *_, final = steps
-    return final
+    return deque(steps, maxlen=1).pop()
