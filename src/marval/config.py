@@ -147,6 +147,8 @@ class TrainConfig(RunConfig):
 
     data: str = "digits"
     """`digits` (embedded), or a folder with one sub-folder of images per class."""
+    image_size: int | None = None
+    """Centre-crop and scale the images of a folder to this size; None takes them as they are."""
     patch_size: int = 2
     """Side of the square pixel patch that makes a token."""
     model: MARConfig = MARConfig()
@@ -209,6 +211,10 @@ class DistillConfig(RunConfig):
 
     data: str = "digits"
     """Images whose tokens give the contexts: `digits`, or a folder with one sub-folder per class."""
+    image_size: int | None = None
+    """Centre-crop and scale the images of a folder to this size; None takes them as they are."""
+    class_drop: float = 0.1
+    """Probability of a context without class, so that the student also serves unconditional images."""
     gsim: GSIMConfig = GSIMConfig()
     """The objective."""
     student: StudentConfig = StudentConfig()

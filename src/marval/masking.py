@@ -64,7 +64,7 @@ def masked_counts(length: int, ar_steps: int) -> list[int]:
     return [*counts, 0]
 
 
-def linear_guidance(w: float, masked_after: int, length: int) -> float:
+def linear_guidance(w: float | Tensor, masked_after: int, length: int) -> float | Tensor:
     """Muse's schedule as MAR uses it: 1 + (w - 1) (L - masked) / L, with at least one token counted as masked."""
     return 1 + (w - 1) * (length - max(1, masked_after)) / length
 

@@ -1,4 +1,4 @@
-"""Explicit randomness. Nothing here or elsewhere in marval reads the global generators.
+"""Explicit randomness. Nothing in marval reads the global generators but dropout, which knows no other.
 
 Sampling: image i of seed s has a generator of its own, so the same image comes out of any batch size, process count
 or order of work. Training: step n of a run has a generator of its own, from which every process draws the numbers of
@@ -14,6 +14,11 @@ def generator(*keys: int, device: torch.device | str = "cpu") -> torch.Generator
     """A generator determined by the keys (non-negative integers) and by nothing else."""
     seed = int(np.random.SeedSequence(keys).generate_state(1, np.uint64)[0])
     return torch.Generator(device).manual_seed(seed)
+
+
+def seed_dropout(*keys: int) -> None:
+    """Seed PyTorch's global generators, which dropout reads, from the keys (seed, step, rank)."""
+    torch.manual_seed(generator(*keys).initial_seed())
 
 
 class ImageNoise:

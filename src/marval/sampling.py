@@ -22,7 +22,7 @@ from marval.models.head import DiffusionHead
 from marval.models.mar import MAR
 from marval.rng import ImageNoise
 
-DrawTokens = Callable[[Tensor, Tensor | None, Tensor, float], Tensor]
+DrawTokens = Callable[[Tensor, Tensor | None, Tensor, float | Tensor], Tensor]
 Clamp = tuple[float, float] | None
 
 
@@ -33,7 +33,7 @@ def diffusion_chain(
     """The teacher's draw: the inner chain over every step of ``schedule`` (respace it for fewer)."""
     time_embeddings = head.time_embed(schedule.timesteps.to(noise.device))
 
-    def draw(condition: Tensor, null: Tensor | None, z: Tensor, w: float) -> Tensor:
+    def draw(condition: Tensor, null: Tensor | None, z: Tensor, w: float | Tensor) -> Tensor:
         embedded = head.cond_embed(condition if null is None else torch.cat([condition, null]))
 
         def network(x: Tensor, i: int) -> Tensor:
@@ -56,8 +56,8 @@ def one_evaluation(
 ) -> DrawTokens:
     """The student's draw: one evaluation of the head (`gsim.one_step`). Guidance is baked in, or an input."""
 
-    def draw(condition: Tensor, null: Tensor | None, z: Tensor, w: float) -> Tensor:
-        x = student_tokens(head, schedule, t_init, condition, temperature * z, z.new_tensor(w))
+    def draw(condition: Tensor, null: Tensor | None, z: Tensor, w: float | Tensor) -> Tensor:
+        x = student_tokens(head, schedule, t_init, condition, temperature * z, torch.as_tensor(w, device=z.device))
         return x if clamp is None else x.clamp(*clamp)
 
     return draw
@@ -78,8 +78,9 @@ def gather_tokens(x: Tensor, positions: Tensor) -> Tensor:
 
 def unmask(
     network: MAR, draw: DrawTokens, labels: Tensor, orders: Tensor, counts: list[int], z: Tensor, *,
-    guidance: float = 1.0, guidance_schedule: Literal["constant", "linear"] = "constant", needs_null: bool = False,
-    tokens: Tensor | None = None, grad_ar_steps: int = 0, checkpoint_ar_steps: bool = False,
+    guidance: float | Tensor = 1.0, guidance_schedule: Literal["constant", "linear"] = "constant",
+    needs_null: bool = False, tokens: Tensor | None = None, grad_ar_steps: int = 0,
+    checkpoint_ar_steps: bool = False,
 ) -> Iterator[Tensor]:  # fmt: skip
     """The AR loop. Yields the tokens (B, L, D) after each step; the last is the image.
 
@@ -88,7 +89,7 @@ def unmask(
         orders: (B, L) positions in the order in which they are revealed.
         counts: masked tokens before each step and after the last (`masking.masked_counts`).
         z: (B, L, D) initial noise of every position.
-        guidance: scale w; with the linear schedule, the final one.
+        guidance: scale w; with the linear schedule, the final one. For a student also (B, 1), one per image.
         needs_null: the draw combines two conditions: also run the backbone with the null class (unless w = 1).
         tokens: (B, L, D) known tokens where counts[0] < L (inpainting); they must come first in the orders.
         grad_ar_steps: if gradients are enabled, only the last so many steps carry them; 0 for all.
@@ -107,7 +108,7 @@ def unmask(
         target = orders[:, length - masked : length - masked_after].sort(dim=1).values
         w = linear_guidance(guidance, masked_after, length) if guidance_schedule == "linear" else guidance
 
-        def step(tokens: Tensor, visible: Tensor = visible, target: Tensor = target, w: float = w) -> Tensor:
+        def step(tokens: Tensor, visible: Tensor = visible, target: Tensor = target, w: float | Tensor = w) -> Tensor:
             if doubled:
                 both = network.condition(tokens.repeat(2, 1, 1), visible.repeat(2, 1), both_labels)
                 condition, null = gather_tokens(both, target.repeat(2, 1)).chunk(2)

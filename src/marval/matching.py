@@ -1,0 +1,172 @@
+"""GSIM on contexts: what distillation and RL's anchor share.
+
+A context is a set of visible tokens, a class and a guidance scale; it gives every masked token a condition. With a
+frozen backbone that teacher, student and auxiliary share, its conditions are computed once.
+"""
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from marval import gsim
+from marval.checkpoint import load_strictly, load_tensors, save_tensors
+from marval.config import GSIMConfig, StudentConfig
+from marval.diffusion import Schedule, guide, q_sample
+from marval.models.head import DiffusionHead
+from marval.models.mar import MAR
+from marval.sampling import gather_tokens, student_tokens
+
+
+def with_head(network: MAR, head: DiffusionHead) -> MAR:
+    """A MAR that shares the backbone of ``network`` (the same parameters) and has its own head."""
+    other = copy.copy(network)
+    other._modules = dict(network._modules)
+    other.head = head
+    return other
+
+
+def copy_network(network: MAR, trained: str, guidance_input: bool) -> MAR:
+    """A trainable copy: of the head, on the shared backbone (``trained`` = head), or of everything (all).
+
+    ``guidance_input`` adds the embedding of w to the head; it starts at zero, so the copy computes the same.
+    """
+    device = network.fake_latent.device
+    config = network.config
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        head = DiffusionHead(config.token_dim, config.width, config.head_width, config.head_depth, guidance_input)
+    head.load_state_dict({**head.state_dict(), **network.head.state_dict()})
+    backbone = network if trained == "head" else copy.deepcopy(network)
+    return with_head(backbone, head.requires_grad_(True).to(device)).eval()
+
+
+def trainable(network: MAR, trained: str) -> nn.Module:
+    """The part of a network that is trained and saved: its head, or all of it."""
+    return network.head if trained == "head" else network
+
+
+@dataclass
+class Context:
+    """B images with V visible and N masked tokens each, and the teacher's conditions (B, N, E) of the masked ones."""
+
+    tokens: Tensor
+    visible: Tensor
+    masked: Tensor
+    labels: Tensor
+    w: Tensor
+    """(B, 1) guidance scales."""
+    teacher: Tensor
+    teacher_null: Tensor
+
+
+class ScoreMatching:
+    """Losses of student and auxiliary against a frozen teacher (`marval.gsim`), averaged over the masked tokens."""
+
+    def __init__(
+        self, teacher: MAR, student: MAR, auxiliary: MAR, student_config: StudentConfig, config: GSIMConfig,
+        schedule: Schedule,
+    ):  # fmt: skip
+        self.teacher, self.student, self.auxiliary = teacher, student, auxiliary
+        self.student_config, self.config, self.schedule = student_config, config, schedule
+        self.distance = gsim.DISTANCES[config.distance]
+
+    def context(self, tokens: Tensor, visible: Tensor, masked: Tensor, labels: Tensor, w: Tensor) -> Context:
+        """Masked tokens (B, N) given visible ones (B, V) and classes (B,), with the teacher's conditions."""
+        null = torch.full_like(labels, self.teacher.config.num_classes)
+        with torch.no_grad():
+            both = self.teacher.condition(tokens.repeat(2, 1, 1), visible.repeat(2, 1), torch.cat([labels, null]))
+            teacher, teacher_null = gather_tokens(both, masked.repeat(2, 1)).chunk(2)
+        return Context(tokens, visible, masked, labels, w, teacher, teacher_null)
+
+    def condition(self, network: MAR, context: Context) -> Tensor:
+        """Conditions (B, N, E) of the masked tokens under student or auxiliary; the teacher's on a shared backbone."""
+        if network.class_emb is self.teacher.class_emb:
+            return context.teacher
+        return gather_tokens(network.condition(context.tokens, context.visible, context.labels), context.masked)
+
+    def draw_guidance(self, count: int, generator: torch.Generator) -> Tensor:
+        """(count, 1) the fixed scale, or U[low, high] for a student that takes it as an input."""
+        low, high = self.student_config.guidance_range or (self.student_config.guidance,) * 2
+        return low + (high - low) * torch.rand(count, 1, generator=generator, device=generator.device)
+
+    def generate(self, context: Context, z: Tensor) -> Tensor:
+        """g(z, c): the student's tokens (B, N, D)."""
+        condition, t_init = self.condition(self.student, context), self.student_config.t_init
+        return student_tokens(self.student.head, self.schedule, t_init, condition, z, context.w)
+
+    def eps_teacher(self, context: Context, x_t: Tensor, t: Tensor) -> Tensor:
+        """Guided noise prediction of the teacher, (B, N, D)."""
+        conditions = torch.cat([context.teacher, context.teacher_null])
+        out = self.teacher.head(torch.cat([x_t, x_t]), torch.cat([t, t]), conditions)
+        eps, eps_null = out.chunk(2, dim=-1)[0].chunk(2)
+        return guide(eps, eps_null, context.w.unsqueeze(-1))
+
+    def eps_auxiliary(self, context: Context, x_t: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+        """Noise prediction of the auxiliary, unguided, (B, N, D)."""
+        return self.auxiliary.head(x_t, t, condition, context.w).chunk(2, dim=-1)[0]
+
+    def auxiliary_loss(self, context: Context, z: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        """Denoising score matching on detached student samples: a scalar."""
+        with torch.no_grad():
+            x_t = q_sample(self.schedule, self.generate(context, z), t, eps)
+        condition = self.condition(self.auxiliary, context)
+        return gsim.auxiliary_loss(self.eps_auxiliary(context, x_t, t, condition), eps).mean()
+
+    def student_loss(self, context: Context, z: Tensor, t: Tensor, eps: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """GSIM: the gradient flows through x_t into both head evaluations. A scalar, and what to watch."""
+        x0 = self.generate(context, z)
+        x_t = q_sample(self.schedule, x0, t, eps)
+        eps_teacher = self.eps_teacher(context, x_t, t)
+        with torch.no_grad():
+            condition = self.condition(self.auxiliary, context)
+        eps_auxiliary = self.eps_auxiliary(context, x_t, t, condition)
+        loss = gsim.student_loss(eps_teacher, eps_auxiliary, eps, self.config.lam, self.distance).mean()
+        y = (eps_teacher - eps_auxiliary).detach().norm(dim=-1).mean()
+        return loss, {"y": y, "token_mean": x0.detach().mean(), "token_std": x0.detach().std()}
+
+    def save_scores(self, out: Path, trained: str) -> None:
+        """scores.safetensors: teacher and auxiliary, as far as they do not share the student's backbone."""
+        tensors = {}
+        for role, network in (("teacher", self.teacher), ("auxiliary", self.auxiliary)):
+            for name, value in network.state_dict().items():
+                if trained == "all" or name.startswith("head."):
+                    tensors[f"{role}.{name}"] = value
+        save_tensors(out / "scores.safetensors", tensors)
+
+
+def load_scores(folder: Path, student: MAR, guidance_input: bool) -> tuple[MAR, MAR]:
+    """Teacher (frozen) and auxiliary of a distilled student, from the student's folder.
+
+    Raises:
+        ValueError: the folder has no whole scores.safetensors, or it belongs to another model.
+    """
+    file = folder / "scores.safetensors"
+    if not file.exists():
+        raise ValueError(f"{file} does not exist: only a folder of `marval distill` or `marval rl` has it")
+    tensors = load_tensors(file)
+    networks = []
+    for role, takes_guidance in (("teacher", False), ("auxiliary", guidance_input)):
+        own = {name.removeprefix(f"{role}."): value for name, value in tensors.items() if name.startswith(f"{role}.")}
+        if any(not name.startswith("head.") for name in own):
+            network = MAR(student.config, takes_guidance)
+            load_strictly(network, own, f"{file} ({role})")
+        else:
+            config = student.config
+            head = DiffusionHead(config.token_dim, config.width, config.head_width, config.head_depth, takes_guidance)
+            load_strictly(head, {name.removeprefix("head."): v for name, v in own.items()}, f"{file} ({role})")
+            network = with_head(student, head)
+        networks.append(network.eval().to(student.fake_latent.device))
+    networks[0].head.requires_grad_(False)
+    return networks[0], networks[1]
+
+
+def draw_noise(
+    batch: int, num_masked: int, dim: int, t_range: tuple[int, int], generator: torch.Generator, rows: slice
+) -> tuple[Tensor, Tensor, Tensor]:
+    """z and eps (B, N, D) and t (B, N) of the whole batch, cut to this process's rows."""
+    z = torch.randn(batch, num_masked, dim, generator=generator, device=generator.device)[rows]
+    eps = torch.randn(batch, num_masked, dim, generator=generator, device=generator.device)[rows]
+    return z, gsim.draw_timesteps((batch, num_masked), t_range, generator)[rows], eps

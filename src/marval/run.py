@@ -1,0 +1,204 @@
+"""The folder of a run: never overwritten, logged line by line, saved whole, resumed exactly.
+
+config.json, model.safetensors   the averaged model so far, loadable at any time
+checkpoint.pt                    networks, averages, optimizers, step: everything to go on
+meta.json                        what ran: verb, settings, step, versions
+metrics.jsonl                    one JSON object per line
+samples/step-000500.png          sample grids
+"""
+
+import json
+import math
+import platform
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from marval import __version__
+from marval.checkpoint import load_state, read_json, save_state, write_json
+from marval.config import RunConfig, to_dict
+from marval.distributed import World
+
+
+class Stateful(Protocol):
+    """What a run saves: modules, optimizers, averages."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: Any, /) -> Any: ...
+
+
+def versions() -> dict[str, Any]:
+    """What a number was measured with."""
+    return {
+        "marval": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(terse=True),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+    }
+
+
+def writable_folder(path: Path) -> Path:
+    """Create the folder and prove that it takes files.
+
+    Raises:
+        ValueError: it cannot be written, or its disk is full.
+    """
+    probe = path / ".write-test"
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(bytes(1 << 16))
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"cannot write into {path}: {error.strerror}; choose another --out") from None
+    return path
+
+
+class Run:
+    """One run in one folder.
+
+    Args:
+        verb: train, distill or rl. stateful: name -> object, saved and restored together.
+
+    Raises:
+        ValueError: the folder holds another run, or a run and ``resume`` was not asked for; or it is not writable.
+    """
+
+    def __init__(self, out: Path, verb: str, config: RunConfig, resume: bool, world: World):
+        self.out, self.config, self.world, self.verb = out, config, world, verb
+        self.metrics_file = out / "metrics.jsonl"
+        settings = json.loads(json.dumps(to_dict(config)))
+        if resume and (out / "meta.json").exists():
+            before = read_json(out / "meta.json")
+            if before["verb"] != verb:
+                raise ValueError(f"{out} holds a run of `marval {before['verb']}`, not of `marval {verb}`")
+            for name in settings | before["config"]:
+                if settings.get(name) != before["config"].get(name):
+                    values = f"{before['config'].get(name)!r}, not {settings.get(name)!r}"
+                    raise ValueError(f"{out} was started with {name} = {values}: resume with the same settings")
+        elif out.exists() and any(out.iterdir()):
+            if (out / "meta.json").exists():
+                raise ValueError(f"{out} already holds a run: add --resume to go on, or choose another --out")
+            raise ValueError(f"{out} is not empty and not a run of marval: choose another --out")
+        if world.is_main:
+            writable_folder(out)
+            if not (out / "meta.json").exists():
+                self._write_meta(0)
+        world.barrier()
+
+    def _write_meta(self, step: int) -> None:
+        meta = {"verb": self.verb, "step": step, "config": to_dict(self.config), "versions": versions()}
+        write_json(self.out / "meta.json", {**meta, "saved": time.strftime("%Y-%m-%d %H:%M:%S")})
+
+    def restore(self, stateful: dict[str, Stateful], extra: dict[str, Any]) -> int:
+        """Load the last checkpoint, if there is one, into the objects and into ``extra``; returns the next step."""
+        self.stateful, self.extra = stateful, extra
+        step = 0
+        if (self.out / "checkpoint.pt").exists():
+            state = load_state(self.out / "checkpoint.pt")
+            for name, target in stateful.items():
+                target.load_state_dict(state[name])
+            extra.update(state["extra"])
+            step = state["step"]
+        if self.world.is_main and self.metrics_file.exists():  # drop what was logged after the checkpoint
+            lines = [line for line in self.metrics_file.read_text().splitlines(True) if line.endswith("\n")]
+            self.metrics_file.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
+        return step
+
+    def save(self, step: int) -> None:
+        """Write the checkpoint atomically. ``step`` updates are done."""
+        if self.world.is_main:
+            state = {name: source.state_dict() for name, source in self.stateful.items()}
+            save_state(self.out / "checkpoint.pt", {**state, "extra": self.extra, "step": step})
+            self._write_meta(step)
+
+    def log(self, step: int, **values: float | Tensor) -> dict[str, float]:
+        """Append one line to metrics.jsonl."""
+        row = {name: float(value) for name, value in values.items()}
+        if self.world.is_main:
+            with open(self.metrics_file, "a") as file:
+                file.write(json.dumps({"step": step, **{k: float(f"{v:.6g}") for k, v in row.items()}}) + "\n")
+        return row
+
+    def is_due(self, every: int, step: int) -> bool:
+        """Whether something that happens every so many updates happens after update ``step``; always at the end."""
+        return every > 0 and (step % every == 0 or step == self.config.steps)
+
+    def progress(self, start: int) -> "Progress":
+        """Iterate over the remaining updates with a progress bar."""
+        return Progress(self.verb, start, self.config.steps, self.world.is_main)
+
+
+class Progress:
+    """Progress bar with ETA and the latest losses; quiet where stderr is no terminal, but for a line now and then."""
+
+    def __init__(self, title: str, start: int, total: int, visible: bool):
+        self.start, self.total = start, total
+        interactive = sys.stderr.isatty()
+        self.bar = tqdm(
+            total=total, initial=start, desc=f"{title:<8}", disable=not visible, dynamic_ncols=True,
+            mininterval=0.2 if interactive else 20, bar_format="{l_bar}{bar:24}{r_bar}",
+        )  # fmt: skip
+
+    def __iter__(self) -> Iterator[int]:
+        try:
+            for step in range(self.start, self.total):
+                yield step
+                self.bar.update()
+        finally:
+            self.bar.close()
+
+    def show(self, values: dict[str, float]) -> None:
+        """Losses to show beside the bar."""
+        self.bar.set_postfix({name: f"{value:.3g}" for name, value in values.items()}, refresh=False)
+
+
+def warmup_then_cosine(step: int, steps: int, warmup: int, decay: bool) -> float:
+    """Factor of the learning rate: linear warm-up, then constant or cosine to zero at the last update."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))) if decay else 1.0
+
+
+class Update:
+    """One network's optimizer step: gradients of chosen parameters only, averaged, checked, clipped.
+
+    ``torch.autograd.grad`` leaves every other network that the loss passes through without gradients.
+    """
+
+    def __init__(self, name: str, parameters: Iterable[nn.Parameter], optimizer: torch.optim.Optimizer,
+                 clip_grad: float, world: World):  # fmt: skip
+        self.name, self.parameters, self.optimizer = name, list(parameters), optimizer
+        self.clip_grad, self.world = clip_grad, world
+        self.base_lr = [group["lr"] for group in optimizer.param_groups]
+
+    def gradients(self, loss: Tensor) -> list[Tensor]:
+        """Gradients of a scalar loss; zero for a parameter that it does not reach."""
+        return list(torch.autograd.grad(loss, self.parameters, allow_unused=True, materialize_grads=True))
+
+    def apply(self, loss: Tensor, gradients: list[Tensor], step: int, lr_factor: float = 1.0) -> Tensor:
+        """Step the optimizer; returns the gradient's norm before clipping.
+
+        Raises:
+            FloatingPointError: the loss or a gradient is not finite; names the step, the network and the tensor.
+        """
+        self.world.average(gradients)
+        norm = nn.utils.get_total_norm(gradients)
+        if not torch.isfinite(norm + loss.detach()):
+            what = "loss" if not torch.isfinite(loss) else "gradient"
+            raise FloatingPointError(f"step {step}: the {what} of the {self.name} is not finite; last checkpoint kept")
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            parameter.grad = gradient
+        nn.utils.clip_grads_with_norm_(self.parameters, self.clip_grad, norm)
+        for group, lr in zip(self.optimizer.param_groups, self.base_lr, strict=True):
+            group["lr"] = lr * lr_factor
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return norm

@@ -1,0 +1,216 @@
+"""Parity with the reference MAR, tensor by tensor, against shared/golden/mar_tiny (see its README)."""
+
+import argparse
+import functools
+import itertools
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.testing import assert_close
+
+from marval import diffusion, sampling
+from marval.checkpoint import load_strictly, read_mar_checkpoint
+from marval.config import MARConfig
+from marval.masking import masked_counts
+from marval.models.mar import MAR
+from marval.tokenizers import patchify, unpatchify
+
+one_pass_close = functools.partial(assert_close, rtol=1e-4, atol=1e-6)
+CONFIG = MARConfig(
+    grid=4, token_dim=16, num_classes=5, width=32, depth=2, heads=4, buffer_size=4, head_width=48, head_depth=2
+)
+SCHEDULE = diffusion.cosine_schedule()
+
+
+@pytest.fixture(scope="module")
+def folder(shared: Path) -> Path:
+    return shared / "golden" / "mar_tiny"
+
+
+@pytest.fixture(scope="module")
+def golden(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "golden.safetensors")
+
+
+@pytest.fixture(scope="module")
+def network(folder: Path) -> MAR:
+    network = MAR(CONFIG).eval()
+    load_strictly(network, read_mar_checkpoint(folder / "checkpoint-last.pth", "raw")[0], "golden")
+    return network.requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def visible(golden: dict[str, Tensor]) -> Tensor:
+    """(B, V) visible positions, from the recorded mask."""
+    return torch.stack([(row == 0).nonzero().squeeze(1) for row in golden["mask"]])
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    return float((actual - expected).abs().max() / expected.abs().max())
+
+
+def test_patchify(golden):
+    tokens = patchify(golden["latents"], 1)
+    assert torch.equal(tokens, golden["tokens"])
+    assert torch.equal(unpatchify(tokens, 1), golden["unpatchified"])
+
+
+def test_orders_list_the_masked_tokens_first(golden, visible):
+    num_masked = CONFIG.num_tokens - visible.shape[1]
+    assert torch.equal(golden["orders"].flip(1)[:, :-num_masked].sort(1).values, visible)
+
+
+def test_encoder_and_condition(golden, network, visible):
+    encoded = network.encode(golden["tokens"], visible, golden["labels"])
+    one_pass_close(encoded, golden["encoder_out"])
+    one_pass_close(network.decode(encoded, visible), golden["condition"])
+
+
+def test_null_condition(golden, network, visible):
+    null = torch.full_like(golden["labels"], CONFIG.num_classes)
+    one_pass_close(network.condition(golden["tokens"], visible, null), golden["condition_uncond"])
+
+
+def test_head(golden, network):
+    out = network.head(golden["head_x"], golden["head_t"], golden["condition"].flatten(0, 1))
+    one_pass_close(out, golden["head_out"])
+
+
+@pytest.mark.parametrize(
+    ("ours", "recorded"),
+    [
+        ("betas", "betas"),
+        ("alpha_bar", "alphas_cumprod"),
+        ("posterior_variance", "posterior_variance"),
+        ("posterior_log_variance", "posterior_log_variance_clipped"),
+    ],
+)
+def test_schedule(golden, ours, recorded):
+    assert_close(getattr(SCHEDULE, ours), golden[f"schedule_{recorded}"], rtol=1e-10, atol=1e-15)
+
+
+def test_training_loss(golden, network):
+    x0, t, eps = golden["tokens"].flatten(0, 1), golden["loss_t"], golden["loss_noise"]
+    x_t = diffusion.q_sample(SCHEDULE, x0, t, eps)
+    out = network.head(x_t, t, golden["condition"].flatten(0, 1))
+    mse, vb = diffusion.denoising_loss(SCHEDULE, out, x0, x_t, t, eps)
+    one_pass_close(mse, golden["loss_mse_per_token"])
+    one_pass_close(vb, golden["loss_vb_per_token"])
+    one_pass_close(mse + vb, golden["loss_loss_per_token"])
+    mask = golden["mask"].flatten()
+    one_pass_close((((mse + vb) * mask).sum() / mask.sum())[None], golden["loss_masked_mean"])
+
+
+def test_respaced_chain(golden, network):
+    schedule = diffusion.respace(SCHEDULE, 10)
+    assert torch.equal(schedule.timesteps, golden["chain_timestep_map"])
+    embedded = network.head.embed(schedule.timesteps[:, None], golden["chain_z"])
+    out = diffusion.denoise_chain(
+        lambda x, i: network.head.denoise(x, embedded[i]), golden["chain_init"], schedule,
+        iter(golden["chain_noises"]), float(golden["chain_temperature"]),
+    )  # fmt: skip
+    assert relative_error(out, golden["chain_out"]) < 2e-3
+
+
+class RecordedNoise:
+    """Stands in for `ImageNoise`: hands out the recorded step noise, (T, 2 B N, D) per AR step, as (B, T, N, D)."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, flat: Tensor, batch: int):
+        self.flat, self.batch = flat, batch
+
+    def randn(self, steps: int, tokens: int, dim: int) -> Tensor:
+        half = self.batch * tokens
+        block, self.flat = self.flat.split([steps * 2 * half * dim, len(self.flat) - steps * 2 * half * dim])
+        return block.view(steps, 2 * half, dim)[:, :half].reshape(steps, self.batch, tokens, dim).transpose(0, 1)
+
+
+def test_whole_generation(golden, network):
+    """Six AR steps with linear guidance 2.5, ten denoising steps each, temperature 0.9, recorded noise."""
+    orders, length, num_steps = golden["orders"].flip(1), CONFIG.num_tokens, 6
+    batch = len(orders)
+    counts = masked_counts(length, num_steps)
+    z = torch.full((batch, length, CONFIG.token_dim), torch.nan)
+    for k, (masked, after) in enumerate(itertools.pairwise(counts)):
+        target = orders[:, length - masked : length - after].sort(1).values
+        drawn = golden[f"sample_init_noise.{k:02}"].view(batch, -1, CONFIG.token_dim)
+        z.scatter_(1, target[..., None].expand_as(drawn), drawn)
+    noise = RecordedNoise(golden["sample_step_noise"], batch)
+    draw = sampling.diffusion_chain(network.head, diffusion.respace(SCHEDULE, 10), noise, temperature=0.9)  # pyright: ignore
+    steps = list(
+        sampling.unmask(
+            network, draw, golden["labels"], orders, counts, z, guidance=2.5, guidance_schedule="linear",
+            needs_null=True,
+        )
+    )  # fmt: skip
+    assert len(noise.flat) == 0
+    assert relative_error(unpatchify(steps[-1], 1), golden["sample_latents"]) < 2e-3
+    for k, tokens in enumerate(steps[:-1]):
+        assert torch.equal((tokens == 0).all(-1), golden["sample_masks"][k])
+    # The reference leaves one token marked after its last step, although it has drawn it.
+    assert golden["sample_masks"][-1].sum(1).tolist() == [1] * batch
+    assert bool((steps[-1] != 0).any(-1).all())
+
+
+def test_checkpoint_ema_and_raw(folder):
+    states = {}
+    for weights in ("ema", "raw"):
+        states[weights], arguments = read_mar_checkpoint(folder / "checkpoint-last.pth", weights)
+        assert isinstance(arguments, argparse.Namespace)
+        load_strictly(MAR(CONFIG), states[weights], weights)
+    assert not torch.equal(states["ema"]["head.input_proj.weight"], states["raw"]["head.input_proj.weight"])
+
+
+class Malicious:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_checkpoint_that_runs_code_is_refused(tmp_path):
+    file, trace = tmp_path / "checkpoint.pth", tmp_path / "executed"
+    torch.save({"model": {}, "model_ema": {}, "args": Malicious(trace)}, file)
+    with pytest.raises(ValueError, match=r"checkpoint\.pth is not a MAR checkpoint that can be read safely"):
+        read_mar_checkpoint(file)
+    assert not trace.exists()
+    torch.load(file, weights_only=False)
+    assert trace.exists(), "the file is harmless: this test proves nothing"
+
+
+def test_checkpoint_errors(tmp_path):
+    with pytest.raises(ValueError, match="does not exist"):
+        read_mar_checkpoint(tmp_path / "absent.pth")
+    for content, message in (({"epoch": 3}, "found: epoch"), ([1], "found: list"), ({"model_ema": {"a": 1}}, "'a'")):
+        torch.save(content, tmp_path / "wrong.pth")
+        with pytest.raises(ValueError, match=message):
+            read_mar_checkpoint(tmp_path / "wrong.pth")
+    (tmp_path / "noise.pth").write_bytes(b"not a pickle")
+    with pytest.raises(ValueError, match=r"noise\.pth"):
+        read_mar_checkpoint(tmp_path / "noise.pth")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: state.pop("mask_token"), r"file: tensor 'mask_token' is missing \(1 in all\)"),
+        (lambda state: state.update(extra=torch.zeros(1)), r"file: unexpected tensor 'extra' \(1 in all\)"),
+        (lambda state: state.update(mask_token=torch.zeros(1, 1, 7)), r"'mask_token' has shape \[1, 1, 7\]"),
+    ],
+)
+def test_load_strictly(tiny_mar, change, message):
+    network = tiny_mar()
+    state = dict(network.state_dict())
+    change(state)
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    with pytest.raises(ValueError, match=message):
+        load_strictly(network, state, "file")
+    assert all(torch.equal(before[name], tensor) for name, tensor in network.state_dict().items())
