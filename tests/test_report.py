@@ -106,8 +106,10 @@ def test_every_number_and_verdict_is_on_the_page(run: Path) -> None:
         "aligned": ["0.512", "0.534", "85.0 %", "75.0 %", "-0.556", "50.0", "0.500", "50", "3"],
     }
     summary = " ".join(page.texts["p"])
-    for part in ("31.2 times", "0.456 times", "floor 0.123", "4,321", "from 1.012 to 2.012 (worse)",
-                 "from 70.0 % to 60.0 % (worse)", "from 2.012 to 0.512 (better)", "from -2.056 to -0.556 (better)"):  # fmt: skip
+    for part in (
+        "31.2 times", "0.456 times", "floor 0.123", "4,321", "from 1.012 to 2.012 (worse)",
+        "from 70.0 % to 60.0 % (worse)", "from 2.012 to 0.512 (better)", "from -2.056 to -0.556 (better)",
+    ):  # fmt: skip
         assert part in summary
     settings = dict(zip(page.texts["dt"], page.texts["dd"], strict=True))
     assert [settings[name] for name in ("train", "guidance", "marval")] == ["90.0", "1.5", "0.0.9"]

@@ -10,7 +10,7 @@ from marval.config import DistillConfig
 from marval.data import batch_indices, load_dataset
 from marval.distributed import connect
 from marval.ema import EMA
-from marval.matching import ScoreMatching, copy_network, draw_noise, trainable, with_head
+from marval.matching import ScoreMatching, copy_network, draw_noise, own_part, with_part
 from marval.pipeline import Pipeline
 from marval.run import Run, Update, warmup_then_cosine
 from marval.sampling import gather_tokens, last, one_evaluation, unmask
@@ -45,7 +45,7 @@ def distill(config: DistillConfig, teacher_folder: Path, out: Path, resume: bool
     student, tokenizer, length = model.network, model.tokenizer, model.network.config.num_tokens
     auxiliary = copy_network(teacher.network, config.trained, config.student.guidance_range is not None)
     matching = ScoreMatching(teacher.network, student, auxiliary, config.student, config.gsim, model.schedule)
-    student_part, auxiliary_part = trainable(student, config.trained), trainable(auxiliary, config.trained)
+    student_part, auxiliary_part = own_part(student, teacher.network), own_part(auxiliary, teacher.network)
     adam = {"betas": (0.0, 0.999), "eps": 1e-8}
     student_optimizer = torch.optim.Adam(student_part.parameters(), config.gsim.lr, **adam)
     auxiliary_optimizer = torch.optim.Adam(auxiliary_part.parameters(), config.gsim.auxiliary_lr, **adam)
@@ -66,10 +66,9 @@ def distill(config: DistillConfig, teacher_folder: Path, out: Path, resume: bool
     draw_token = one_evaluation(student.head, model.schedule, config.student.t_init, clamp=tokenizer.token_range)
 
     def averaged() -> Pipeline:
-        part = ema.averaged(student_part)
-        network = with_head(student, part) if config.trained == "head" else part  # type: ignore[arg-type]
+        network = with_part(student, ema.averaged(student_part))
         provenance = {"verb": "distill", "data": data.source, "data_licence": data.licence}
-        return Pipeline(network, tokenizer, data.class_names, model.sampling, config.student, provenance)  # type: ignore[arg-type]
+        return Pipeline(network, tokenizer, data.class_names, model.sampling, config.student, provenance)
 
     progress = run.progress(start)
     for step in progress:
@@ -131,7 +130,7 @@ def distill(config: DistillConfig, teacher_folder: Path, out: Path, resume: bool
         if run.is_due(config.save_every, done):
             run.save(done)
             if world.is_main:
-                matching.save_scores(out, config.trained)
+                matching.save_scores(out)
                 averaged().save(out)
         if world.is_main and run.is_due(config.sample_every, done):
             save_sample_grid(run, averaged(), done)

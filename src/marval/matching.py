@@ -39,13 +39,21 @@ def copy_network(network: MAR, trained: str, guidance_input: bool) -> MAR:
         torch.manual_seed(0)
         head = DiffusionHead(config.token_dim, config.width, config.head_width, config.head_depth, guidance_input)
     head.load_state_dict({**head.state_dict(), **network.head.state_dict()})
-    backbone = network if trained == "head" else copy.deepcopy(network)
+    backbone = network if trained == "head" else copy.deepcopy(network).requires_grad_(True)
     return with_head(backbone, head.requires_grad_(True).to(device)).eval()
 
 
-def trainable(network: MAR, trained: str) -> nn.Module:
-    """The part of a network that is trained and saved: its head, or all of it."""
-    return network.head if trained == "head" else network
+def own_part(network: MAR, base: MAR) -> nn.Module:
+    """What a network does not share with ``base``: its head, or all of it."""
+    return network.head if network.class_emb is base.class_emb else network
+
+
+def with_part(network: MAR, part: nn.Module) -> MAR:
+    """The network with its `own_part` replaced."""
+    if isinstance(part, DiffusionHead):
+        return with_head(network, part)
+    assert isinstance(part, MAR)
+    return part
 
 
 @dataclass
@@ -127,12 +135,13 @@ class ScoreMatching:
         y = (eps_teacher - eps_auxiliary).detach().norm(dim=-1).mean()
         return loss, {"y": y, "token_mean": x0.detach().mean(), "token_std": x0.detach().std()}
 
-    def save_scores(self, out: Path, trained: str) -> None:
+    def save_scores(self, out: Path) -> None:
         """scores.safetensors: teacher and auxiliary, as far as they do not share the student's backbone."""
         tensors = {}
         for role, network in (("teacher", self.teacher), ("auxiliary", self.auxiliary)):
+            shared = network.class_emb is self.student.class_emb
             for name, value in network.state_dict().items():
-                if trained == "all" or name.startswith("head."):
+                if name.startswith("head.") or not shared:
                     tensors[f"{role}.{name}"] = value
         save_tensors(out / "scores.safetensors", tensors)
 
@@ -159,7 +168,7 @@ def load_scores(folder: Path, student: MAR, guidance_input: bool) -> tuple[MAR, 
             load_strictly(head, {name.removeprefix("head."): v for name, v in own.items()}, f"{file} ({role})")
             network = with_head(student, head)
         networks.append(network.eval().to(student.fake_latent.device))
-    networks[0].head.requires_grad_(False)
+    own_part(networks[0], student).requires_grad_(False)
     return networks[0], networks[1]
 
 

@@ -141,7 +141,7 @@ class Pipeline:
     @torch.no_grad()
     def sample(
         self, classes: Sequence[int | str | None] | int | str | None = None, *, num_images: int | None = None,
-        seed: int = 0, ar_steps: int | None = None, head_steps: int | None = None,
+        seed: int = 0, first_image: int = 0, ar_steps: int | None = None, head_steps: int | None = None,
         solver: Literal["ancestral", "ddim"] | None = None, guidance: float | None = None,
         guidance_schedule: Literal["constant", "linear"] | None = None, temperature: float | None = None,
         order: str | Sequence[int] | Tensor | None = None, batch_size: int = 64,
@@ -153,6 +153,8 @@ class Pipeline:
             classes: class indices or names, repeated in turn up to ``num_images``; None is unconditional.
             num_images: how many; by default one per class given.
             seed: image i of a seed is the same in any batch size and on any number of processes.
+            first_image: number of the first image of this call, so that a set can be drawn in parts; it shifts the
+                seeds, not the classes.
             ar_steps: K, from 1 to the number of tokens.
             head_steps, solver: the teacher's inner chain: 1..1000 steps, ``ancestral`` or ``ddim``.
             guidance: scale w >= 0, 1 is none. guidance_schedule: ``constant`` or ``linear``.
@@ -169,7 +171,7 @@ class Pipeline:
             ValueError: an argument is out of range; the message names it.
         """
         batches = self._token_batches(
-            classes, num_images, seed, batch_size, order, images, keep,
+            classes, num_images, seed, first_image, batch_size, order, images, keep,
             ar_steps=ar_steps, head_steps=head_steps, solver=solver, guidance=guidance,
             guidance_schedule=guidance_schedule, temperature=temperature,
         )  # fmt: skip
@@ -179,20 +181,21 @@ class Pipeline:
     @torch.no_grad()
     def sample_tokens(
         self, classes: Sequence[int | str | None] | int | str | None = None, *, num_images: int | None = None,
-        seed: int = 0, batch_size: int = 64, order: str | Sequence[int] | Tensor | None = None, **settings: Any,
+        seed: int = 0, first_image: int = 0, batch_size: int = 64, order: str | Sequence[int] | Tensor | None = None,
+        **settings: Any,
     ) -> Tensor:  # fmt: skip
         """As `sample`, without decoding: tokens (num_images, L, D) float32 on the CPU."""
-        batches = self._token_batches(classes, num_images, seed, batch_size, order, None, None, **settings)
+        batches = self._token_batches(classes, num_images, seed, first_image, batch_size, order, None, None, **settings)
         return torch.from_numpy(_in_order([(rows, tokens.float().cpu().numpy()) for rows, tokens in batches]))
 
     def _token_batches(
-        self, classes: Any, num_images: int | None, seed: int, batch_size: int, order: Any,
+        self, classes: Any, num_images: int | None, seed: int, first_image: int, batch_size: int, order: Any,
         images: np.ndarray | None, keep: Any, **overrides: Any,
     ):  # fmt: skip
         named_order = order if isinstance(order, str) else None
         config = self.settings(order=named_order, **overrides)
-        if seed < 0:
-            raise ValueError(f"the seed must not be negative, got {seed}")
+        if seed < 0 or first_image < 0:
+            raise ValueError(f"seed and first_image must not be negative, got {seed} and {first_image}")
         if batch_size < 1:
             raise ValueError(f"the batch size must be at least 1, got {batch_size}")
         given = [classes] if classes is None or isinstance(classes, int | str) else list(classes)
@@ -212,7 +215,8 @@ class Pipeline:
             for start in range(0, len(rows), batch_size):
                 batch = rows[start : start + batch_size]
                 yield batch, self.draw_batch(
-                    config, torch.tensor([labels[i] for i in batch]), ImageNoise(seed, batch, self.device),
+                    config, torch.tensor([labels[i] for i in batch]),
+                    ImageNoise(seed, [first_image + i for i in batch], self.device),
                     None if orders is None else orders[batch],
                     None if known is None else known[batch], kept[batch],
                 )  # fmt: skip
@@ -280,10 +284,11 @@ class Pipeline:
         fixed = masking.raster_order(grid * grid) if order == "raster" else masking.centre_out_order(grid)
         return fixed.to(self.device).expand(count, -1)
 
-    def draw(self, config: SamplingConfig, noise: ImageNoise) -> sampling.DrawTokens:
-        """How this model draws a token: the inner chain of a teacher, one evaluation of a student."""
+    def draw(self, config: SamplingConfig, noise: ImageNoise | None = None) -> sampling.DrawTokens:
+        """How this model draws a token: the inner chain of a teacher (needs ``noise``), one evaluation of a student."""
         head, clamp = self.network.head, self.tokenizer.token_range
         if self.student is None:
+            assert noise is not None
             schedule = respace(self.schedule, config.head_steps)
             return sampling.diffusion_chain(head, schedule, noise, config.solver, config.temperature, clamp)
         return sampling.one_evaluation(head, self.schedule, self.student.t_init, config.temperature, clamp)

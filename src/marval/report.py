@@ -348,7 +348,7 @@ _PAGE = """<!doctype html>
 $table
 <p class="note">The student has <b>$speedup1 times</b> the teacher's speed at batch 1 and <b>$speedup256 times</b> at
 batch 256. <b>FID floor $floor</b>: what real images score. FID here is a Fréchet distance over $features;
-it is not Inception's and compares only within this table. Images per row: $images.</p>
+it is not Inception's and compares only within this table. Images per model: $images.</p>
 <p class="note">$protocol</p>
 <h2>Samples</h2>
 <p>One row per class. The three models draw from the same seeds, so a place shows the same noise and the same order.</p>

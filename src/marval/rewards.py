@@ -137,15 +137,13 @@ def load_reward(
     return built_in(network, prompts)
 
 
-def check_reward(reward: Reward, images: Tensor, prompts: list[str]) -> Tensor:
-    """Rewards (B,) of a trial batch, detached, so that a bad reward is found before any work starts.
+def score(reward: Reward, images: Tensor, prompts: list[str]) -> Tensor:
+    """Rewards (B,) float32 of a batch, with their graph.
 
     Raises:
-        ValueError: the result is not a finite floating-point tensor of shape (B,), or a reward that calls itself
-            differentiable gave one without gradient.
+        ValueError: the result is not a finite floating-point tensor of shape (B,).
     """
-    with torch.enable_grad():
-        rewards: Any = reward(images.detach().requires_grad_(reward.differentiable), prompts)
+    rewards: Any = reward(images, prompts)
     wanted = f"it must return a floating-point tensor of shape ({len(images)},), one number per image"
     if not isinstance(rewards, Tensor):
         raise ValueError(f"the reward returned a {type(rewards).__name__}: {wanted}")
@@ -154,6 +152,17 @@ def check_reward(reward: Reward, images: Tensor, prompts: list[str]) -> Tensor:
     if not rewards.isfinite().all():
         bad = int((~rewards.isfinite()).nonzero()[0])
         raise ValueError(f"the reward of image {bad} ({prompts[bad]!r}) is {rewards[bad].item()}: it must be finite")
+    return rewards.float()
+
+
+def check_reward(reward: Reward, images: Tensor, prompts: list[str]) -> Tensor:
+    """`score` of a trial batch, detached, so that a bad reward is found before any work starts.
+
+    Raises:
+        ValueError: as `score`, or a reward that calls itself differentiable gave one without gradient.
+    """
+    with torch.enable_grad():
+        rewards = score(reward, images.detach().requires_grad_(reward.differentiable), prompts)
     if reward.differentiable and not rewards.requires_grad:
         raise ValueError("the reward calls itself differentiable but its result carries no gradient to the images")
     return rewards.detach()

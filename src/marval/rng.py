@@ -12,7 +12,7 @@ from torch import Tensor
 
 def generator(*keys: int, device: torch.device | str = "cpu") -> torch.Generator:
     """A generator determined by the keys (non-negative integers) and by nothing else."""
-    seed = int(np.random.SeedSequence(keys).generate_state(1, np.uint64)[0])
+    seed = int(np.random.SeedSequence((len(keys), *keys)).generate_state(1, np.uint64)[0])
     return torch.Generator(device).manual_seed(seed)
 
 

@@ -155,6 +155,11 @@ class Progress:
         finally:
             self.bar.close()
 
+    def stop(self, why: str) -> None:
+        """Close the bar early, saying why."""
+        self.bar.close()
+        tqdm.write(why, file=sys.stderr)
+
     def show(self, values: dict[str, float]) -> None:
         """Losses to show beside the bar."""
         self.bar.set_postfix({name: f"{value:.3g}" for name, value in values.items()}, refresh=False)
