@@ -99,8 +99,9 @@ class SamplingConfig:
     def __post_init__(self) -> None:
         check(self.ar_steps >= 1, f"the number of AR steps must be at least 1, got {self.ar_steps}")
         check(self.head_steps >= 1, f"the number of denoising steps must be at least 1, got {self.head_steps}")
-        check(self.guidance >= 0, f"guidance must not be negative, got {self.guidance}; 1 is no guidance")
-        check(self.temperature >= 0, f"temperature must not be negative, got {self.temperature}")
+        finite = float("inf")
+        check(0 <= self.guidance < finite, f"guidance must not be negative, got {self.guidance}; 1 is no guidance")
+        check(0 <= self.temperature < finite, f"temperature must not be negative, got {self.temperature}")
         known = ("random", "raster", "centre-out")
         check(self.order in known, f"unknown order {self.order!r}: choose one of {', '.join(known)}")
         for name, known in (("solver", ("ancestral", "ddim")), ("guidance_schedule", ("constant", "linear"))):

@@ -34,12 +34,14 @@ def check_order(order: Tensor, length: int) -> Tensor:
     Raises:
         ValueError: a row of the (L,) or (B, L) tensor is not a permutation of 0 .. L-1.
     """
+    if order.ndim not in (1, 2) or order.is_floating_point():
+        raise ValueError(f"an order must be integers of shape (L,) or (B, L), got {order.dtype} {tuple(order.shape)}")
     order = order.long()
     if order.shape[-1] != length:
         raise ValueError(f"an order must list all {length} token positions, got {order.shape[-1]}")
     for row in order.reshape(-1, length):
         if not torch.equal(row.sort().values, torch.arange(length, device=row.device)):
-            counts = torch.bincount(row.clamp(0, length - 1), minlength=length)
+            counts = torch.bincount(row[(row >= 0) & (row < length)], minlength=length)
             wrong = int((counts != 1).nonzero()[0])
             raise ValueError(
                 f"an order must be a permutation of 0..{length - 1}: position {wrong} occurs {int(counts[wrong])} times"

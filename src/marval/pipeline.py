@@ -11,11 +11,11 @@ from torch import Tensor
 
 from marval import masking, sampling
 from marval.checkpoint import load_strictly, load_tensors, read_json, save_tensors, write_json
-from marval.config import MARConfig, SamplingConfig, StudentConfig, from_dict, to_dict
+from marval.config import MARConfig, SamplingConfig, StudentConfig, check, from_dict, to_dict
 from marval.diffusion import cosine_schedule, respace
 from marval.models.mar import MAR
 from marval.rng import ImageNoise
-from marval.tokenizers import Tokenizer, to_float, to_uint8, tokenizer_from_dict, tokenizer_to_dict
+from marval.tokenizers import PixelTokenizer, Tokenizer, to_float, to_uint8, tokenizer_from_dict, tokenizer_to_dict
 
 FORMAT = 1
 
@@ -68,7 +68,13 @@ class Pipeline:
             network = MAR(from_dict(MARConfig, config["model"]), bool(student and student.guidance_range))
             tokenizer = tokenizer_from_dict(config["tokenizer"])
             sampling_defaults = from_dict(SamplingConfig, config["sampling"])
-            names = config["class_names"]
+            names, sizes = config["class_names"], network.config
+            check(
+                (tokenizer.grid, tokenizer.token_dim) == (sizes.grid, sizes.token_dim),
+                f"the tokenizer makes {tokenizer.grid}x{tokenizer.grid} tokens of {tokenizer.token_dim}, "
+                f"the model takes {sizes.grid}x{sizes.grid} of {sizes.token_dim}",
+            )
+            check(len(names) == sizes.num_classes, f"{len(names)} class names for {sizes.num_classes} classes")
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path / 'config.json'}: {error}") from None
         file = path / "model.safetensors"
@@ -198,7 +204,8 @@ class Pipeline:
             raise ValueError(f"seed and first_image must not be negative, got {seed} and {first_image}")
         if batch_size < 1:
             raise ValueError(f"the batch size must be at least 1, got {batch_size}")
-        given = [classes] if classes is None or isinstance(classes, int | str) else list(classes)
+        one = classes is None or isinstance(classes, int | str | np.integer)
+        given: list[Any] = [classes] if one else list(classes)
         if not given:
             raise ValueError("classes is empty: give at least one, or None for unconditional images")
         if num_images is None:
@@ -233,8 +240,11 @@ class Pipeline:
             raise ValueError("inpainting needs both images and keep")
         if images is None:
             return None, torch.zeros(num_images, length, dtype=torch.bool)
-        if len(images) != num_images or images.dtype != np.uint8 or images.ndim != 4:
-            raise ValueError(f"images must be uint8 NHWC, {num_images} of them; got {images.dtype} {images.shape}")
+        if isinstance(self.tokenizer, PixelTokenizer):
+            size = self.tokenizer.image_size
+            shape = (num_images, size, size, self.tokenizer.channels)
+            if images.dtype != np.uint8 or images.shape != shape:
+                raise ValueError(f"images must be uint8 NHWC {shape}; got {images.dtype} {images.shape}")
         known = self.tokenizer.encode(to_float(torch.from_numpy(images)))
         kept = torch.as_tensor(keep, dtype=torch.bool)
         if tuple(kept.shape) not in ((grid, grid), (num_images, grid, grid)):

@@ -1,0 +1,237 @@
+"""The whole path on real data in minutes: train a teacher, distil it, align it, measure all three, show it."""
+
+import json
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from marval import recipes
+from marval.checkpoint import read_json, write_json
+from marval.config import DistillConfig, RLConfig, TrainConfig, check, to_dict
+from marval.data import load_dataset
+from marval.distill import distill, make_student
+from marval.evaluate import (
+    class_accuracy,
+    frechet_distance,
+    head_evaluations_per_token,
+    image_moments,
+    sample_in_turn,
+    seconds_per_image,
+)  # fmt: skip
+from marval.masking import masked_counts
+from marval.models.classifier import Classifier, train_classifier
+from marval.pipeline import Pipeline
+from marval.report import write_report
+from marval.rl import rl
+from marval.rng import ImageNoise
+from marval.run import versions, writable_folder
+from marval.tokenizers import to_uint8
+from marval.train import train
+
+STAGES = ("teacher", "student", "aligned")
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuickstartConfig:
+    """Every setting of the quickstart."""
+
+    seed: int = 0
+    """Every random number derives from it."""
+    num_images: int = 5000
+    """Images drawn from each model for its numbers."""
+    latency_repeats: int = 10
+    """Batches timed for each latency, after a warm-up; the median counts."""
+    classifier_epochs: int = 20
+    """Epochs of the two classifiers."""
+    train: TrainConfig = field(default_factory=recipes.digits_teacher)
+    """The teacher."""
+    distill: DistillConfig = field(default_factory=recipes.digits_student)
+    """The student."""
+    rl: RLConfig = field(default_factory=recipes.digits_aligned)
+    """The alignment."""
+
+    def __post_init__(self) -> None:
+        check(self.num_images >= 100, f"num_images must be at least 100, got {self.num_images}")
+        check(self.latency_repeats >= 1, f"latency_repeats must be at least 1, got {self.latency_repeats}")
+
+
+def quickstart(config: QuickstartConfig, out: Path, resume: bool = False) -> dict[str, Any]:
+    """Run everything into ``out``: models, results.json, samples.npz, report.html. Returns the results."""
+    import matplotlib  # noqa: F401 - the report needs it at the end: fail now if it is missing
+
+    settings = json.loads(json.dumps(to_dict(config)))
+    if (out / "quickstart.json").exists():
+        check(resume, f"{out} already holds a quickstart: add --resume to go on, or choose another --out")
+        check(
+            read_json(out / "quickstart.json") == settings, f"{out} was started with other settings: resume with those"
+        )
+    elif out.exists() and any(out.iterdir()):
+        raise ValueError(f"{out} is not empty and not a quickstart: choose another --out")
+    writable_folder(out)
+    write_json(out / "quickstart.json", settings)
+    clock = Clock(out / "seconds.json")
+
+    say(f"marval quickstart: 1,797 real 8x8 digits, {torch.get_num_threads()} CPU threads, results in {out}")
+    with clock("classifier"):
+        say("1/5  two digit classifiers: one for features, accuracy and reward, one as the held-out judge")
+        classifier = digit_classifier(out / "classifier", "conv", config.seed, config.classifier_epochs)
+        judge = digit_classifier(out / "judge", "resnet", config.seed + 1, config.classifier_epochs)
+    with clock("train"):
+        say(f"2/5  teacher: a masked autoregressive model with a diffusion head, {config.train.steps} updates")
+        teacher = train(config.train, out / "teacher", resume=True)
+    with clock("distill"):
+        say(f"3/5  student: the inner chain of 100 steps distilled into one by GSIM, {config.distill.steps} updates")
+        student = distill(config.distill, out / "teacher", out / "student", resume=True)
+    with clock("rl"):
+        say(f"4/5  aligned: the student post-trained on the classifier's reward, up to {config.rl.steps} updates")
+        rewarded = {"classifier": str(out / "classifier"), "judge": str(out / "judge")}
+        rl_config = RLConfig(**{**vars(config.rl), **rewarded})
+        aligned = rl(rl_config, out / "student", out / "aligned", resume=True)
+    with clock("evaluate"):
+        say(f"5/5  all three measured with the same {config.num_images} seeds")
+        models = {"teacher": teacher, "student": student, "aligned": aligned}
+        results = measure(config, models, classifier, judge, out)
+        save_samples(config, models, out / "samples.npz")
+    results["settings"]["seconds"] = clock.seconds
+    write_json(out / "results.json", results)
+    report = write_report(out)
+    say(table(results))
+    minutes = sum(clock.seconds.values()) / 60
+    say(f"done in {minutes:.1f} minutes; look at {report}")
+    return results
+
+
+def say(line: str) -> None:
+    print(line, flush=True)
+
+
+class Clock:
+    """Wall seconds of each stage, summed over resumed runs."""
+
+    def __init__(self, file: Path):
+        self.file = file
+        self.seconds: dict[str, float] = read_json(file) if file.exists() else {}
+
+    def __call__(self, stage: str) -> "Clock":
+        self.stage = stage
+        return self
+
+    def __enter__(self) -> None:
+        self.start = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds[self.stage] = self.seconds.get(self.stage, 0.0) + time.perf_counter() - self.start
+        write_json(self.file, self.seconds)
+        say(f"     {self.seconds[self.stage]:.0f} s")
+
+
+def digit_classifier(folder: Path, arch: Any, seed: int, epochs: int) -> Classifier:
+    """Train on the training split, or load what an interrupted run trained."""
+    if not (folder / "model.safetensors").exists():
+        train_split, held_out = load_dataset("digits", "train"), load_dataset("digits", "test")
+        classifier, metrics = train_classifier(train_split, held_out, arch=arch, seed=seed, epochs=epochs)
+        classifier.save(folder)
+        say(f"     {arch}: {100 * metrics['accuracy_held_out']:.1f} % of {len(held_out)} held-out digits read right")
+    return Classifier.load(folder)
+
+
+def measure(
+    config: QuickstartConfig, models: dict[str, Pipeline], classifier: Classifier, judge: Classifier, out: Path
+) -> dict[str, Any]:
+    """results.json: the three models with the same seeds, after the real data's own distances."""
+    real = load_dataset("digits", "train")
+    halves = np.random.default_rng(config.seed).permutation(len(real))
+    half = len(real) // 2
+    moments = {network: image_moments(real.images, network) for network in (classifier, judge)}
+    results: dict[str, Any] = {}
+    everything = dict(models)
+    everything["one_step_untrained"] = make_student(models["teacher"], config.distill)
+    partial = out / "evaluation.json"
+    cached = read_json(partial) if partial.exists() else {}
+    for name, model in everything.items():
+        if name not in cached:
+            images, labels = sample_in_turn(
+                model, range(10), config.num_images, config.seed, title=name, batch_size=250
+            )
+            accuracy, reward = class_accuracy(images, labels, classifier)
+            cached[name] = {
+                "fid": frechet_distance(moments[classifier], image_moments(images, classifier)),
+                "fid_heldout_features": frechet_distance(moments[judge], image_moments(images, judge)),
+                "accuracy": accuracy, "accuracy_heldout": class_accuracy(images, labels, judge)[0], "reward": reward,
+                "head_evaluations_per_token": head_evaluations_per_token(model),
+                "ar_steps": model.sampling.ar_steps, "num_images": len(images),
+            }  # fmt: skip
+            write_json(partial, cached)
+        results[name] = cached[name]
+    for name, model in models.items():
+        results[name]["seconds_per_image_batch1"] = seconds_per_image(model, 1, config.latency_repeats)
+        results[name]["seconds_per_image_batch256"] = seconds_per_image(model, 256, max(1, config.latency_repeats // 3))
+    for batch in (1, 256):
+        key = f"seconds_per_image_batch{batch}"
+        results[f"speedup_batch{batch}"] = results["teacher"][key] / results["student"][key]
+    first, second = (image_moments(real.images[rows], classifier) for rows in (halves[:half], halves[half:]))
+    results["fid_floor"] = frechet_distance(first, second)
+    repeats = config.latency_repeats
+    results["settings"] = {
+        "seed": config.seed,
+        "guidance": models["teacher"].sampling.guidance,
+        "features": f"the penultimate layer of a small {classifier.config.arch} digit classifier",
+        "protocol": (
+            f"{config.num_images} images of each model, classes in turn, the same seeds for all; Frechet distance to "
+            f"the {len(real)} training digits over the classifier's features (held-out features: those of the judge, "
+            "another architecture and seed, never trained on); accuracy: the share of images read as the asked class, "
+            "by the classifier and by the judge; reward: the classifier's mean log-probability of the asked class; "
+            f"latency: median of {repeats} batches (batch 256: {max(1, repeats // 3)}) after a warm-up, float32, whole "
+            f"images, teacher with {models['teacher'].sampling.head_steps} {models['teacher'].sampling.solver} steps, "
+            "the same number of AR steps for all; floor: one half of the training digits against the other."
+        ),
+        "stages": {"train": to_dict(config.train), "distill": to_dict(config.distill), "rl": to_dict(config.rl)},
+    }
+    results["versions"] = versions()
+    return results
+
+
+@torch.no_grad()
+def save_samples(config: QuickstartConfig, models: dict[str, Pipeline], file: Path) -> None:
+    """samples.npz for the report: 10 x 10 grids (a class per row), and ten images after each AR step."""
+    real = load_dataset("digits", "train")
+    arrays: dict[str, Any] = {"real": np.concatenate([real.images[real.labels == label][:10] for label in range(10)])}
+    classes = [label for label in range(10) for _ in range(10)]
+    for name, model in models.items():
+        arrays[name] = model.sample(classes, seed=config.seed, batch_size=100)
+    for name in ("teacher", "student"):
+        model, noise, trace = models[name], ImageNoise(config.seed, list(range(10))), []
+        orders = model.make_orders("random", noise)
+        model.draw_batch(model.sampling, torch.arange(10), noise, orders, trace=trace)
+        trace = [torch.zeros_like(trace[0]), *trace]
+        arrays[f"{name}_trace"] = np.stack([to_uint8(model.tokenizer.decode(tokens)).numpy() for tokens in trace])
+        length = model.network.config.num_tokens
+        counts = masked_counts(length, model.sampling.ar_steps)
+        visible = np.zeros((len(counts), 10, length), bool)
+        for k, masked in enumerate(counts):
+            np.put_along_axis(visible[k], orders[:, : length - masked].numpy(), True, axis=1)
+        arrays["trace_visible"] = visible.reshape(len(counts), 10, model.network.config.grid, -1)
+    np.savez_compressed(file, **arrays)
+
+
+def table(results: dict[str, Any]) -> str:
+    """The final table of the terminal."""
+    lines = [f"{'':<9}{'FID*':>7}{'accuracy':>10}{'held-out':>10}{'reward':>9}{'ms/image':>10}{'batch 256':>11}"]
+    for name in STAGES:
+        row = results[name]
+        lines.append(
+            f"{name:<9}{row['fid']:>7.3f}{100 * row['accuracy']:>8.1f} %{100 * row['accuracy_heldout']:>8.1f} %"
+            f"{row['reward']:>9.3f}{1000 * row['seconds_per_image_batch1']:>10.1f}"
+            f"{1000 * row['seconds_per_image_batch256']:>11.2f}"
+        )
+    lines.append(f"floor    {results['fid_floor']:>7.3f}   (one half of the real digits against the other)")
+    lines.append(
+        f"student over teacher: {results['speedup_batch1']:.1f} x as fast at batch 1, "
+        f"{results['speedup_batch256']:.1f} x at batch 256"
+    )
+    lines.append(f"* Frechet distance over {results['settings']['features']}, not Inception")
+    return "\n".join(lines)
