@@ -29,10 +29,20 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 
 def parse(function: Callable[..., None], verb: str, args: list[str]) -> None:
-    """Call the function with its keyword arguments read from flags; an unknown flag names the nearest one."""
+    """Call the function with its keyword arguments read from flags.
+
+    Raises:
+        ValueError: an unknown flag; names the nearest one.
+    """
     import tyro
 
-    tyro.cli(function, args=args, prog=f"marval {verb}", config=(tyro.conf.FlagCreatePairsOff,))
+    settings: dict[str, Any] = {"prog": f"marval {verb}", "config": (tyro.conf.FlagCreatePairsOff,)}
+    known = tyro.extras.get_parser(function, **settings)._option_string_actions
+    for word in args:
+        flag = word.split("=")[0].replace("_", "-")
+        if flag.startswith("--") and flag not in known:
+            raise ValueError(f"unknown flag {flag}{nearest(flag, known)}; see marval {verb} --help")
+    tyro.cli(function, args=args, **settings)
 
 
 def recipe(verb: str, recipes: dict[str, Callable[[], Any]], args: list[str]) -> tuple[Any, list[str]]:
@@ -134,13 +144,6 @@ def quickstart_verb(args: list[str]) -> None:
         quickstart(config, out, resume)
 
     parse(quickstart, "quickstart", args)
-
-
-def classes_of(text: str, num_classes: int) -> list[Any]:
-    """`all`, `none` (unconditional), or comma-separated indices or names."""
-    if text == "all":
-        return list(range(num_classes))
-    return [None] if text == "none" else [part.strip() for part in text.split(",") if part.strip()]
 
 
 def sample_verb(args: list[str]) -> None:
@@ -323,6 +326,8 @@ def main(argv: list[str] | None = None) -> None:
         if verb not in VERBS:
             raise ValueError(f"no such verb{nearest(verb, VERBS)}; see marval --help")
         VERBS[verb](list(args[1:]))
+    except BrokenPipeError:  # the reader of our output left, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, FloatingPointError, OSError) as error:
         if os.environ.get("MARVAL_TRACEBACK"):
             raise

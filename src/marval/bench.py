@@ -97,3 +97,21 @@ def bench(folder: Path, batches: list[int], repeats: int = 10, device: str = "cp
         speedup[str(batch)] = rows[-2]["total_seconds_per_image"] / rows[-1]["total_seconds_per_image"]
     protocol = {"repeats": repeats, "dtype": "float32", **to_dict(configs["teacher"])}
     return {"rows": rows, "speedup": speedup, "settings": protocol, "versions": versions()}
+
+
+def table(results: dict[str, Any]) -> str:
+    """The rows as text: milliseconds per image."""
+    lines = [f"{'batch':>5}  {'model':<8}{'transformer':>12}{'head':>10}{'tokenizer':>11}{'total ms':>10}{'spread':>8}"]
+    for row in results["rows"]:
+        parts = [1000 * row[f"{part}_seconds_per_image"] for part in PARTS]
+        lines.append(
+            f"{row['batch']:>5}  {row['model']:<8}{parts[0]:>12.2f}{parts[1]:>10.2f}{parts[2]:>11.3f}{parts[3]:>10.2f}"
+            f"{100 * row['spread']:>6.0f} %"
+        )
+    lines += [f"batch {batch}: the student is {ratio:.1f} x as fast" for batch, ratio in results["speedup"].items()]
+    s = results["settings"]
+    guided = f"guidance {s['guidance']} ({s['guidance_schedule']})"
+    lines.append(
+        f"teacher: {s['head_steps']} {s['solver']} steps; K = {s['ar_steps']}, {guided}, float32, ms per image"
+    )
+    return "\n".join(lines)

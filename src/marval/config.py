@@ -164,6 +164,8 @@ class TrainConfig(RunConfig):
     """Cosine decay of the learning rate to zero; otherwise constant, as MAR trains."""
     class_drop: float = 0.1
     """Probability of training an image without its class."""
+    mask_ratios: Literal["training", "inference"] = "training"
+    """Masked tokens: MAR's truncated normal on [0.7, 1], or what the K AR steps of `sampling` see."""
     head_batch_mul: int = 4
     """Diffusion timesteps per token and update (MAR's diffusion_batch_mul)."""
     shift: int = 0

@@ -46,7 +46,7 @@ def distill(config: DistillConfig, teacher_folder: Path, out: Path, resume: bool
     auxiliary = copy_network(teacher.network, config.trained, config.student.guidance_range is not None)
     matching = ScoreMatching(teacher.network, student, auxiliary, config.student, config.gsim, model.schedule)
     student_part, auxiliary_part = own_part(student, teacher.network), own_part(auxiliary, teacher.network)
-    adam = {"betas": (0.0, 0.999), "eps": 1e-8}
+    adam = {"betas": (0.0, 0.999), "fused": True}
     student_optimizer = torch.optim.Adam(student_part.parameters(), config.gsim.lr, **adam)
     auxiliary_optimizer = torch.optim.Adam(auxiliary_part.parameters(), config.gsim.auxiliary_lr, **adam)
     student_update = Update("student", student_part.parameters(), student_optimizer, config.clip_grad, world)

@@ -4,6 +4,7 @@ Every number is taken with the seeds, counts and settings that are written next 
 the features of the named classifier, never over Inception's; compare it within one table only.
 """
 
+import re
 import statistics
 import time
 from collections.abc import Sequence
@@ -16,12 +17,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from marval.checkpoint import write_atomically, write_json
 from marval.config import to_dict
-from marval.data import load_dataset, read_images
-from marval.distributed import World
+from marval.data import image_grid, load_dataset, read_images, save_png
+from marval.distributed import World, connect
 from marval.models.classifier import Classifier
 from marval.pipeline import Pipeline
-from marval.run import versions
+from marval.run import new_folder, versions, writable_folder
 from marval.tokenizers import to_float
 
 
@@ -185,3 +187,77 @@ def evaluate(
     if model.student is not None:
         protocol["head_steps"] = 1
     return {**results, "protocol": protocol, "versions": versions()}
+
+
+def evaluate_folder(
+    folder: Path, reference: str, out: Path, num_images: int, features: Path | None, seed: int, device: str,
+    settings: dict[str, Any],
+) -> None:  # fmt: skip
+    """`marval evaluate`: writes ``out`` and prints what is in it.
+
+    Raises:
+        ValueError: no feature network, a bad reference, or an ``out`` that exists or cannot be written.
+    """
+    world = connect(device)
+    if out.exists():
+        raise ValueError(f"{out} exists: choose another --out")
+    writable_folder(out.parent)
+    model = Pipeline.load(folder, world.device)
+    model.settings(**settings)
+    if features is None:
+        features = folder.resolve().parent / "classifier"
+        if not features.exists():
+            raise ValueError(f"no {features}: name a classifier with --features (marval train-classifier makes one)")
+    network = Classifier.load(features)
+    if num_images < 2:
+        raise ValueError(f"a Frechet distance needs at least 2 images, got {num_images}")
+    results = evaluate(model, reference, network, num_images, seed, world, **settings)
+    if world.is_main:
+        write_json(out, results)
+        for name in ("fid", "accuracy"):
+            if name in results:
+                print(f"{name:<10}{results[name]:.4f}")
+        print("".join(f"  {name}: {value}\n" for name, value in results["protocol"].items()), end="")
+        print(f"written to {out}")
+
+
+def save_images(
+    folder: Path, out: Path, classes: str, num_images: int | None, seed: int, batch_size: int, device: str,
+    settings: dict[str, Any],
+) -> None:  # fmt: skip
+    """`marval sample`: PNG files named by number and class, grid.png and samples.npz in a new folder.
+
+    Args:
+        classes: ``all``, ``none`` (unconditional), or comma-separated indices or names.
+    """
+    world = connect(device)
+    if num_images is not None and num_images < 1:
+        raise ValueError(f"the number of images must be at least 1, got {num_images}")
+    model = Pipeline.load(folder, world.device)
+    model.settings(**settings)
+    asked: list[Any] = [part.strip() for part in classes.split(",") if part.strip()]
+    if classes == "all":
+        asked = list(range(len(model.class_names)))
+    elif classes == "none":
+        asked = [None]
+    if not asked:
+        raise ValueError(f"--classes {classes!r} names no class: give 3,7 or all or none")
+    count = num_images or len(asked)
+    if world.is_main:
+        new_folder(out)
+    images, labels = sample_in_turn(model, asked, count, seed, world, batch_size=batch_size, title="sample", **settings)
+    if world.is_main:
+        names = [*model.class_names, "none"]
+        for i, (image, label) in enumerate(zip(images, labels, strict=True)):
+            name = re.sub(r"[^\w-]+", "_", names[label])
+            save_png(out / f"{i:0{max(4, len(str(count)))}d}_{name}.png", image)
+        columns = len(asked) if 1 < len(asked) <= 16 else min(count, 8)
+        save_png(out / "grid.png", image_grid(images, columns, scale=max(1, 64 // images.shape[1])))
+        write_atomically(out / "samples.npz", lambda p: write_npz(p, images=images, labels=labels))
+        print(f"{count} images, grid.png and samples.npz in {out}")
+
+
+def write_npz(path: Path, **arrays: np.ndarray) -> None:
+    """A compressed .npz under exactly this name."""
+    with open(path, "wb") as file:
+        np.savez_compressed(file, allow_pickle=False, **arrays)

@@ -1,7 +1,7 @@
 """A model as users meet it: network, tokenizer, class names and sampling defaults, loaded from one folder."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -204,8 +204,9 @@ class Pipeline:
             raise ValueError(f"seed and first_image must not be negative, got {seed} and {first_image}")
         if batch_size < 1:
             raise ValueError(f"the batch size must be at least 1, got {batch_size}")
-        one = classes is None or isinstance(classes, int | str | np.integer)
-        given: list[Any] = [classes] if one else list(classes)
+        given: list[Any] = (
+            list(classes) if isinstance(classes, Iterable) and not isinstance(classes, str) else [classes]
+        )
         if not given:
             raise ValueError("classes is empty: give at least one, or None for unconditional images")
         if num_images is None:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from marval import recipes
-from marval.checkpoint import read_json, write_json
+from marval.checkpoint import read_json, write_atomically, write_json
 from marval.config import DistillConfig, RLConfig, TrainConfig, check, to_dict
 from marval.data import load_dataset
 from marval.distill import distill, make_student
@@ -21,7 +21,8 @@ from marval.evaluate import (
     image_moments,
     sample_in_turn,
     seconds_per_image,
-)  # fmt: skip
+    write_npz,
+)
 from marval.masking import masked_counts
 from marval.models.classifier import Classifier, train_classifier
 from marval.pipeline import Pipeline
@@ -215,7 +216,7 @@ def save_samples(config: QuickstartConfig, models: dict[str, Pipeline], file: Pa
         for k, masked in enumerate(counts):
             np.put_along_axis(visible[k], orders[:, : length - masked].numpy(), True, axis=1)
         arrays["trace_visible"] = visible.reshape(len(counts), 10, model.network.config.grid, -1)
-    np.savez_compressed(file, **arrays)
+    write_atomically(file, lambda p: write_npz(p, **arrays))
 
 
 def table(results: dict[str, Any]) -> str:

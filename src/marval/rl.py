@@ -202,7 +202,7 @@ def rl(config: RLConfig, student_folder: Path, out: Path, resume: bool = False) 
     judge = Classifier.load(config.judge, world.device).eval().requires_grad_(False) if config.judge else None
 
     part = own_part(student, base.network)
-    optimizer = torch.optim.Adam(part.parameters(), config.gsim.lr, betas=(0.0, 0.999))
+    optimizer = torch.optim.Adam(part.parameters(), config.gsim.lr, betas=(0.0, 0.999), fused=True)
     update = Update("student", part.parameters(), optimizer, config.clip_grad, world)
     ema = EMA(part, config.ema)
     stateful: dict[str, Any] = {"student": part, "optimizer": optimizer, "ema": ema}
@@ -212,7 +212,7 @@ def rl(config: RLConfig, student_folder: Path, out: Path, resume: bool = False) 
         matching = ScoreMatching(teacher, student, auxiliary, base.student, config.gsim, model.schedule)
         auxiliary_part = own_part(auxiliary, base.network)
         auxiliary_optimizer = torch.optim.Adam(
-            auxiliary_part.parameters(), config.gsim.auxiliary_lr, betas=(0.0, 0.999)
+            auxiliary_part.parameters(), config.gsim.auxiliary_lr, betas=(0.0, 0.999), fused=True
         )
         auxiliary_update = Update(
             "auxiliary", auxiliary_part.parameters(), auxiliary_optimizer, config.clip_grad, world

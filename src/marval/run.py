@@ -61,6 +61,17 @@ def writable_folder(path: Path) -> Path:
     return path
 
 
+def new_folder(path: Path) -> Path:
+    """Create a folder that must not hold anything yet.
+
+    Raises:
+        ValueError: it is not empty, or cannot be written.
+    """
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"{path} exists and is not empty: choose another --out")
+    return writable_folder(path)
+
+
 class Run:
     """One run in one folder.
 

@@ -59,7 +59,7 @@ def train(config: TrainConfig, out: Path, resume: bool = False) -> Pipeline:
     vectors = [p for name, p in network.named_parameters() if p.ndim <= 1 or "embed_learned" in name]
     optimizer = torch.optim.AdamW(
         [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
-        lr=config.lr, betas=(0.9, 0.95),
+        lr=config.lr, betas=(0.9, 0.95), fused=True,
     )  # fmt: skip
     update = Update("teacher", network.parameters(), optimizer, config.clip_grad, world)
     ema = EMA(network, config.ema)
@@ -79,7 +79,11 @@ def train(config: TrainConfig, out: Path, resume: bool = False) -> Pipeline:
         pixels = random_shift(to_float(images[index]), config.shift, host)[rows].to(world.device)
         dropped = torch.rand(config.batch, generator=g, device=world.device) < config.class_drop
         label = torch.where(dropped, network.config.num_classes, labels[index].to(world.device))[rows]
-        num_masked = masking.training_masked_count(length, float(torch.rand((), generator=host)))
+        share = float(torch.rand((), generator=host))
+        if config.mask_ratios == "training":
+            num_masked = masking.training_masked_count(length, share)
+        else:
+            num_masked = masking.inference_masked_count(length, config.sampling.ar_steps, share)
         visible, masked = (x[rows] for x in draw_masks(config.batch, length, num_masked, g))
         shape = (config.batch, num_masked, config.head_batch_mul)
         t = torch.randint(0, len(schedule), shape, generator=g, device=world.device)[rows]
