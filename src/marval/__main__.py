@@ -1,7 +1,11 @@
 """The command line: one verb, one function. A user's error is one line on stderr and exit code 2."""
 
+import contextlib
 import difflib
+import functools
+import io
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -32,7 +36,7 @@ def parse(function: Callable[..., None], verb: str, args: list[str]) -> None:
     """Call the function with its keyword arguments read from flags.
 
     Raises:
-        ValueError: an unknown flag; names the nearest one.
+        ValueError: an unknown flag (names the nearest one), a missing one, a bad value; one line.
     """
     import tyro
 
@@ -42,7 +46,21 @@ def parse(function: Callable[..., None], verb: str, args: list[str]) -> None:
         flag = word.split("=")[0].replace("_", "-")
         if flag.startswith("--") and flag not in known:
             raise ValueError(f"unknown flag {flag}{nearest(flag, known)}; see marval {verb} --help")
-    tyro.cli(function, args=args, **settings)
+
+    @functools.wraps(function)
+    def deferred(*positional: Any, **flags: Any) -> Callable[[], None]:
+        return lambda: function(*positional, **flags)
+
+    message = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(message):
+            call = tyro.cli(deferred, args=args, **settings)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        text = " ".join(re.sub("[╭╮╰╯│─]+", " ", message.getvalue()).split())
+        raise ValueError(f"{text.split(' For full helptext')[0]}; see marval {verb} --help") from None
+    call()
 
 
 def recipe(verb: str, recipes: dict[str, Callable[[], Any]], args: list[str]) -> tuple[Any, list[str]]:
