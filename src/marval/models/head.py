@@ -29,7 +29,7 @@ def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 class ResBlock(nn.Module):
-    """x + gate * MLP(modulated LayerNorm(x)); shift, scale and gate come from the embedding y."""
+    """x + gate * MLP(modulated LayerNorm(x)); shift, scale and gate are linear in h = SiLU(embedding)."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -37,8 +37,8 @@ class ResBlock(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 3 * width))
 
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        shift, scale, gate = self.adaLN_modulation(y).chunk(3, dim=-1)
+    def forward(self, x: Tensor, h: Tensor) -> Tensor:
+        shift, scale, gate = self.adaLN_modulation[1](h).chunk(3, dim=-1)
         return x + gate * self.mlp(_modulate(self.in_ln(x), shift, scale))
 
 
@@ -51,8 +51,8 @@ class FinalLayer(nn.Module):
         self.linear = nn.Linear(width, out_dim)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        shift, scale = self.adaLN_modulation(y).chunk(2, dim=-1)
+    def forward(self, x: Tensor, h: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation[1](h).chunk(2, dim=-1)
         with torch.autocast(x.device.type, enabled=False):
             x = _modulate(self.norm_final(x.float()), shift.float(), scale.float())
             return F.linear(x, self.linear.weight.float(), self.linear.bias.float())
@@ -102,10 +102,10 @@ class DiffusionHead(nn.Module):
 
     def denoise(self, x: Tensor, y: Tensor) -> Tensor:
         """x (..., D), y (..., width) from `embed` -> (..., 2 D) float32."""
-        x = self.input_proj(x)
+        x, h = self.input_proj(x), F.silu(y)  # the first layer of every adaLN_modulation, computed once
         for block in self.res_blocks:
-            x = block(x, y)
-        return self.final_layer(x, y)
+            x = block(x, h)
+        return self.final_layer(x, h)
 
     def forward(self, x: Tensor, t: Tensor, c: Tensor, w: Tensor | None = None) -> Tensor:
         """Noise prediction ++ variance interpolation.

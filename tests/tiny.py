@@ -1,0 +1,89 @@
+"""Tiny models that several test files share: trained once, on first use; and the command line inside this process."""
+
+import atexit
+import functools
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from marval.__main__ import main
+from marval.config import DistillConfig, GSIMConfig, MARConfig, SamplingConfig, StudentConfig, TrainConfig
+from marval.data import load_dataset
+from marval.distill import distill
+from marval.models.classifier import train_classifier
+from marval.train import train
+
+MODEL = MARConfig(width=32, depth=1, heads=2, buffer_size=2, head_width=32, head_depth=1)
+SAMPLING = SamplingConfig(ar_steps=4, head_steps=10, solver="ddim")
+_root = tempfile.TemporaryDirectory(prefix="marval-tests-")
+atexit.register(_root.cleanup)
+
+
+@functools.cache
+def teacher() -> Path:
+    """Folder of a tiny teacher of the digits."""
+    config = TrainConfig(
+        steps=300, batch=32, head_batch_mul=2, lr=4e-3, warmup=20, sample_every=0, ema=0.98, model=MODEL,
+        sampling=SAMPLING,
+    )  # fmt: skip
+    train(config, Path(_root.name) / "teacher")
+    return Path(_root.name) / "teacher"
+
+
+@functools.cache
+def student() -> Path:
+    """Folder of its head-only one-step student."""
+    config = DistillConfig(
+        steps=200, batch=32, ar_steps=4, warmup=5, sample_every=0, ema=0.95, gsim=GSIMConfig(lr=1e-3, auxiliary_lr=2e-3),
+        student=StudentConfig(guidance=1.5),
+    )  # fmt: skip
+    distill(config, teacher(), Path(_root.name) / "student")
+    return Path(_root.name) / "student"
+
+
+@functools.cache
+def classifier() -> Path:
+    """Folder of a small digit classifier, beside the models, where `marval evaluate` looks for it."""
+    data, held_out = load_dataset("digits"), load_dataset("digits", "test")
+    train_classifier(data, held_out, epochs=2, width=8, progress=False)[0].save(Path(_root.name) / "classifier")
+    return Path(_root.name) / "classifier"
+
+
+def refused(capsys: pytest.CaptureFixture[str], *args: object) -> str:
+    """The one line on stderr with which the command line refuses these arguments: exit code 2, no traceback."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main([str(arg) for arg in args])
+    err = capsys.readouterr().err
+    assert stop.value.code == 2, err
+    assert err.count("\n") == 1, err
+    assert err.startswith("marval "), err
+    return err
+
+
+def environment() -> dict[str, str]:
+    """For subprocesses: as many threads as here, so that sums are the same to the bit."""
+    return {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+
+
+def start(args: Sequence[object], module: str = "marval", **options: object) -> subprocess.Popen[str]:
+    """`python -m module args` with its output captured."""
+    command = [sys.executable, "-m", module, *map(str, args)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, env=environment(), **pipes, **options)  # type: ignore[call-overload]
+
+
+def wait_for(path: Path, process: subprocess.Popen[str], seconds: float = 60) -> None:
+    """Until the process has made a file that is not empty; fails if it ends without, or takes too long."""
+    end = time.monotonic() + seconds
+    while not (path.exists() and path.stat().st_size):
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < end, f"no {path} after {seconds} s"
+        time.sleep(0.002)
