@@ -5,6 +5,7 @@ import os
 import re
 import resource
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -76,7 +77,8 @@ def test_train_distill_rl_from_a_shell(tmp_path: Path, image_folder: Path):
         assert model.sample(["dog"]).shape == (1, 8, 8, 3)
         meta = json.loads((out[name] / "meta.json").read_text())
         assert (meta["step"], meta["config"]["steps"]) == (2, 2)
-        assert Image.open(out[name] / "samples" / "step-000002.png").size[0] > 100
+        with Image.open(out[name] / "samples" / "step-000002.png") as grid:
+            assert grid.size[1] > 4 * 64
         assert len((out[name] / "metrics.jsonl").read_text().splitlines()) >= 1
 
 
@@ -92,7 +94,8 @@ def test_sample_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert images.dtype == np.uint8
     assert labels.tolist() == [3, 7, 3, 7, 3]
     for name, image in zip(names, images, strict=True):
-        assert np.array_equal(np.asarray(Image.open(tmp_path / "a" / name)), image[..., 0])
+        with Image.open(tmp_path / "a" / name) as png:
+            assert np.array_equal(np.asarray(png), image[..., 0])
     assert np.array_equal(images, Pipeline.load(tiny.teacher()).sample([3, 7], num_images=5, seed=4))
 
     run(*sample, "--out", tmp_path / "b", "--batch-size", 2)
@@ -119,7 +122,8 @@ def test_import_mar(tmp_path: Path, shared: Path, capsys: pytest.CaptureFixture[
     assert tokens.isfinite().all()
 
     err = tiny.refused(capsys, "import-mar", checkpoint, "--preset", "mar-b", "--out", tmp_path / "b")
-    assert "but preset mar-b has" in err
+    assert "mar_tiny/checkpoint-last.pth" in err
+    assert "preset" in err
     err = tiny.refused(capsys, "import-mar", checkpoint, "--out", tmp_path / "b")
     assert "--preset" in err
     assert "--heads" in err
@@ -129,17 +133,20 @@ def test_import_mar(tmp_path: Path, shared: Path, capsys: pytest.CaptureFixture[
     assert not written(tmp_path / "b")
 
 
-def test_a_pipe_that_closes_early_is_no_error():
-    command = f"{sys.executable} -m marval --help | head -n 1"
-    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=True)
-    assert (done.stdout, done.stderr) == ("usage: marval VERB ...\n", "")
+def test_a_closed_pipe_is_no_error():
+    """As `marval --help | head -n 0` would."""
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, "-m", "marval", "--help"], stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_interrupt_says_how_to_go_on(tmp_path: Path):
-    process = tiny.start([*TEACH, "--steps", 100000, "--log-every", 1, "--out", tmp_path / "run"])
-    tiny.wait_for(tmp_path / "run" / "metrics.jsonl", process)
-    process.send_signal(2)
-    err = process.communicate(timeout=60)[1]
+    with tiny.start([*TEACH, "--steps", 100000, "--log-every", 1, "--out", tmp_path / "run"]) as process:
+        tiny.wait_for(tmp_path / "run" / "metrics.jsonl", process)
+        process.send_signal(signal.SIGINT)
+        err = process.communicate(timeout=60)[1]
     assert process.returncode == 130
     assert err.splitlines()[-1].endswith("stopped; a run goes on from its last checkpoint with --resume")
     assert "Traceback" not in err
@@ -167,6 +174,8 @@ def test_interrupt_says_how_to_go_on(tmp_path: Path):
         (["train", "digits", "--sampling.ar-steps", "17", "--out", "x"], ["17", "16"]),
         (["distill", "digits", "--teacher", "nowhere", "--out", "x"], ["nowhere", "config.json"]),
         (["rl", "digits", "--student", "nowhere", "--out", "x"], ["nowhere", "config.json"]),
+        (["train", "digits", "--patch-size", "0", "--out", "x"], ["patch_size must be at least 1", "0"]),
+        (["train", "digits", "--seed", "-1", "--out", "x"], ["seed must not be negative", "-1"]),
         (["bench", "--model", "nowhere", "--batch", "1;2"], ["'1;2'", "1,64"]),
         (["train-classifier", "--data", "nowhere", "--out", "x"], ["'nowhere' does not exist"]),
         (["train-classifier", "--data", "digits", "--epochs", "0", "--out", "x"], ["epochs 0"]),
@@ -175,7 +184,8 @@ def test_interrupt_says_how_to_go_on(tmp_path: Path):
     ],
 )
 def test_refused_settings(
-    args: list[str], parts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    args: list[str], parts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ):  # fmt: skip
     monkeypatch.chdir(tmp_path)
     err = tiny.refused(capsys, *args)
@@ -319,7 +329,7 @@ def test_refused_images(
         err = tiny.refused(capsys, *args, image_folder, "--out", tmp_path / "out")
         for part in [str(bad), *parts]:
             assert part in err
-        assert not written(tmp_path / "out")
+    assert not written(tmp_path / "out")
 
 
 def test_refused_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -359,9 +369,9 @@ def test_a_full_disk(size: int, tmp_path: Path, shared: Path):
     checkpoint = shared / "golden" / "mar_tiny" / "checkpoint-last.pth"
     train = [*TEACH, "--model.width", 64, "--sample-every", 0, "--out", tmp_path / "train"]
     imported = ["import-mar", checkpoint, "--heads", 4, "--out", tmp_path / "imported"]
-    processes = [tiny.start(args, preexec_fn=limit) for args in (train, imported)]
-    for process in processes:
-        err = process.communicate(timeout=120)[1]
+    for args in (train, imported):
+        with tiny.start(args, preexec_fn=limit) as process:
+            err = process.communicate(timeout=120)[1]
         lines = [line for line in re.split(r"[\r\n]+", err) if line and "it/s" not in line]
         assert process.returncode == 2, err
         assert len(lines) == 1, err

@@ -2,7 +2,9 @@
 
 import atexit
 import functools
+import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -26,6 +28,11 @@ _root = tempfile.TemporaryDirectory(prefix="marval-tests-")
 atexit.register(_root.cleanup)
 
 
+def folder(name: str) -> Path:
+    """A place under the folder of this session, which its end removes."""
+    return Path(_root.name) / name
+
+
 @functools.cache
 def teacher() -> Path:
     """Folder of a tiny teacher of the digits."""
@@ -33,27 +40,27 @@ def teacher() -> Path:
         steps=300, batch=32, head_batch_mul=2, lr=4e-3, warmup=20, sample_every=0, ema=0.98, model=MODEL,
         sampling=SAMPLING,
     )  # fmt: skip
-    train(config, Path(_root.name) / "teacher")
-    return Path(_root.name) / "teacher"
+    train(config, folder("teacher"))
+    return folder("teacher")
 
 
 @functools.cache
 def student() -> Path:
     """Folder of its head-only one-step student."""
     config = DistillConfig(
-        steps=200, batch=32, ar_steps=4, warmup=5, sample_every=0, ema=0.95, gsim=GSIMConfig(lr=1e-3, auxiliary_lr=2e-3),
-        student=StudentConfig(guidance=1.5),
+        steps=200, batch=32, ar_steps=4, warmup=5, sample_every=0, ema=0.95, student=StudentConfig(guidance=1.5),
+        gsim=GSIMConfig(lr=1e-3, auxiliary_lr=2e-3),
     )  # fmt: skip
-    distill(config, teacher(), Path(_root.name) / "student")
-    return Path(_root.name) / "student"
+    distill(config, teacher(), folder("student"))
+    return folder("student")
 
 
 @functools.cache
 def classifier() -> Path:
     """Folder of a small digit classifier, beside the models, where `marval evaluate` looks for it."""
     data, held_out = load_dataset("digits"), load_dataset("digits", "test")
-    train_classifier(data, held_out, epochs=2, width=8, progress=False)[0].save(Path(_root.name) / "classifier")
-    return Path(_root.name) / "classifier"
+    train_classifier(data, held_out, epochs=2, width=8, progress=False)[0].save(folder("classifier"))
+    return folder("classifier")
 
 
 def refused(capsys: pytest.CaptureFixture[str], *args: object) -> str:
@@ -87,3 +94,15 @@ def wait_for(path: Path, process: subprocess.Popen[str], seconds: float = 60) ->
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < end, f"no {path} after {seconds} s"
         time.sleep(0.002)
+
+
+def free_port() -> int:
+    """Of the loopback interface."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def metrics(run: Path) -> list[dict[str, float]]:
+    """The lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

@@ -2,7 +2,7 @@
 
 import json
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ class QuickstartConfig:
     """Every setting of the quickstart."""
 
     seed: int = 0
-    """Every random number derives from it."""
+    """Of all stages: every random number derives from it."""
     num_images: int = 5000
     """Images drawn from each model for its numbers."""
     latency_repeats: int = 10
@@ -64,6 +64,8 @@ def quickstart(config: QuickstartConfig, out: Path, resume: bool = False) -> dic
     """Run everything into ``out``: models, results.json, samples.npz, report.html. Returns the results."""
     import matplotlib  # noqa: F401 - the report needs it at the end: fail now if it is missing
 
+    stages = {name: replace(getattr(config, name), seed=config.seed) for name in ("train", "distill", "rl")}
+    config = replace(config, **stages)
     settings = json.loads(json.dumps(to_dict(config)))
     if (out / "quickstart.json").exists():
         check(resume, f"{out} already holds a quickstart: add --resume to go on, or choose another --out")
@@ -89,8 +91,7 @@ def quickstart(config: QuickstartConfig, out: Path, resume: bool = False) -> dic
         student = distill(config.distill, out / "teacher", out / "student", resume=True)
     with clock("rl"):
         say(f"4/5  aligned: the student post-trained on the classifier's reward, up to {config.rl.steps} updates")
-        rewarded = {"classifier": str(out / "classifier"), "judge": str(out / "judge")}
-        rl_config = RLConfig(**{**vars(config.rl), **rewarded})
+        rl_config = replace(config.rl, classifier=str(out / "classifier"), judge=str(out / "judge"))
         aligned = rl(rl_config, out / "student", out / "aligned", resume=True)
     with clock("evaluate"):
         say(f"5/5  all three measured with the same {config.num_images} seeds")
@@ -205,16 +206,16 @@ def save_samples(config: QuickstartConfig, models: dict[str, Pipeline], file: Pa
     for name, model in models.items():
         arrays[name] = model.sample(classes, seed=config.seed, batch_size=100)
     for name in ("teacher", "student"):
-        model, noise, trace = models[name], ImageNoise(config.seed, list(range(10))), []
+        model, noise, trace = models[name], ImageNoise(config.seed, list(range(10)), model.device), []
         orders = model.make_orders("random", noise)
         model.draw_batch(model.sampling, torch.arange(10), noise, orders, trace=trace)
         trace = [torch.zeros_like(trace[0]), *trace]
-        arrays[f"{name}_trace"] = np.stack([to_uint8(model.tokenizer.decode(tokens)).numpy() for tokens in trace])
+        arrays[f"{name}_trace"] = np.stack([to_uint8(model.tokenizer.decode(tokens)).cpu().numpy() for tokens in trace])
         length = model.network.config.num_tokens
         counts = masked_counts(length, model.sampling.ar_steps)
         visible = np.zeros((len(counts), 10, length), bool)
         for k, masked in enumerate(counts):
-            np.put_along_axis(visible[k], orders[:, : length - masked].numpy(), True, axis=1)
+            np.put_along_axis(visible[k], orders[:, : length - masked].cpu().numpy(), True, axis=1)
         arrays["trace_visible"] = visible.reshape(len(counts), 10, model.network.config.grid, -1)
     write_atomically(file, lambda p: write_npz(p, **arrays))
 

@@ -252,6 +252,7 @@ def rl(config: RLConfig, student_folder: Path, out: Path, resume: bool = False) 
     for step in progress:
         # ---- draw: the numbers of the whole batch, then this process's rows
         g = rng.generator(config.seed, 5, step, device=world.device)
+        host = rng.generator(config.seed, 6, step)
         count = config.batch // group
         labels = torch.randint(num_classes, (count,), generator=g, device=world.device)
         orders = torch.rand(count, length, generator=g, device=world.device).argsort(dim=1)
@@ -260,7 +261,7 @@ def rl(config: RLConfig, student_folder: Path, out: Path, resume: bool = False) 
         labels, orders, w = (x.repeat_interleave(group, dim=0)[rows] for x in (labels, orders, w))
         z, exploration = torch.randn(2, config.batch, length, dim, generator=g, device=world.device)[:, rows]
         batch = Batch(labels, [prompts[i] for i in labels.tolist()], orders, z, w, exploration)
-        masked_count = masking.inference_masked_count(length, config.ar_steps, float(torch.rand((), generator=g)))
+        masked_count = masking.inference_masked_count(length, config.ar_steps, float(torch.rand((), generator=host)))
 
         # ---- roll out and score whole images
         with torch.autocast(world.device.type, torch.bfloat16, enabled=config.precision == "bf16"):

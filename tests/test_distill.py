@@ -1,0 +1,142 @@
+"""Distillation: it improves the student, each setting does what it says, and its folder is complete."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+
+from marval.config import DistillConfig, GSIMConfig, StudentConfig
+from marval.data import load_dataset, save_png
+from marval.distill import distill, make_student
+from marval.evaluate import frechet_distance, image_moments, sample_in_turn
+from marval.matching import load_scores
+from marval.models.classifier import Classifier
+from marval.pipeline import Pipeline
+
+SHORT = DistillConfig(steps=3, batch=8, ar_steps=4, log_every=1, sample_every=0, warmup=1)
+
+
+def frechet(model: Pipeline) -> float:
+    """Distance of 300 images to the digits over the small classifier's features."""
+    network = Classifier.load(tiny.classifier())
+    images, _ = sample_in_turn(model, range(10), 300, seed=1)
+    return frechet_distance(image_moments(load_dataset("digits").images, network), image_moments(images, network))
+
+
+def test_a_student_is_better_than_one_untrained_step():
+    """One evaluation of the teacher's head is blurred; 200 updates close most of the distance."""
+    untrained = make_student(Pipeline.load(tiny.teacher()), dataclasses.replace(SHORT, ar_steps=4))
+    assert frechet(Pipeline.load(tiny.student())) < 0.7 * frechet(untrained)
+    y = [row["y"] for row in tiny.metrics(tiny.student())]
+    assert np.mean(y[-3:]) < 0.7 * y[0]
+
+
+def test_head_only_shares_the_teachers_backbone(tmp_path: Path):
+    student = distill(SHORT, tiny.teacher(), tmp_path / "run")
+    before, after = (load_file(path / "model.safetensors") for path in (tiny.teacher(), tmp_path / "run"))
+    assert before.keys() == after.keys()
+    for name, value in after.items():
+        if not name.startswith("head."):
+            assert torch.equal(value, before[name]), name
+    assert not torch.equal(after["head.input_proj.weight"], before["head.input_proj.weight"])
+
+    scores = load_file(tmp_path / "run" / "scores.safetensors")
+    assert all(name.split(".")[:2] in (["teacher", "head"], ["auxiliary", "head"]) for name in scores)
+    loaded = Pipeline.load(tmp_path / "run")
+    assert loaded.student == SHORT.student
+    assert np.array_equal(loaded.sample([5], seed=2), student.sample([5], seed=2))
+    teacher, auxiliary = load_scores(tmp_path / "run", loaded.network, False)
+    assert teacher.class_emb is loaded.network.class_emb is auxiliary.class_emb
+    assert torch.equal(teacher.head.input_proj.weight, before["head.input_proj.weight"])
+    assert not any(p.requires_grad for p in teacher.head.parameters())
+
+
+def test_training_everything_moves_the_backbone(tmp_path: Path):
+    distill(dataclasses.replace(SHORT, trained="all"), tiny.teacher(), tmp_path / "run")
+    before, after = (load_file(path / "model.safetensors") for path in (tiny.teacher(), tmp_path / "run"))
+    for name in ("encoder_blocks.0.attn.qkv.weight", "head.input_proj.weight", "mask_token"):
+        assert not torch.equal(before[name], after[name]), name
+    scores = load_file(tmp_path / "run" / "scores.safetensors")
+    assert {name.removeprefix("teacher.") for name in scores if name.startswith("teacher.")} == before.keys()
+    assert all(torch.equal(scores[f"teacher.{name}"], value) for name, value in before.items())
+    assert not torch.equal(scores["auxiliary.mask_token"], before["mask_token"])
+
+
+def test_a_student_of_a_range_of_guidance(tmp_path: Path):
+    student = StudentConfig(guidance=1.5, guidance_range=(1.0, 4.0))
+    config = dataclasses.replace(SHORT, student=student, steps=20, gsim=GSIMConfig(lr=5e-3))
+    distill(config, tiny.teacher(), tmp_path / "run")
+    model = Pipeline.load(tmp_path / "run")
+    ask = {"classes": list(range(10)), "seed": 3}
+    assert np.array_equal(model.sample(**ask), model.sample(**ask, guidance=1.5))
+    assert not np.array_equal(model.sample(**ask, guidance=1.0), model.sample(**ask, guidance=4.0))
+    linear = model.sample(**ask, guidance=4.0, guidance_schedule="linear")
+    assert not np.array_equal(linear, model.sample(**ask, guidance=4.0))
+    with pytest.raises(ValueError, match=r"serves guidance in \[1.0, 4.0\], got 4.5"):
+        model.sample(**ask, guidance=4.5)
+    with pytest.raises(ValueError, match=r"guidance 5.0 is outside guidance_range 1.0 4.0"):
+        StudentConfig(guidance=5.0, guidance_range=(1.0, 4.0))
+
+
+def test_every_setting_changes_the_run(tmp_path: Path):
+    """Each differs from the same run without it, and none breaks."""
+    variants = {
+        "plain": {},
+        "rollout": {"rollout": 1.0},
+        "training": {"mask_ratios": "training"},
+        "auxiliary": {"gsim": GSIMConfig(auxiliary_updates=2)},
+        "lambda": {"gsim": GSIMConfig(lam=1.0)},
+        "squared": {"gsim": GSIMConfig(distance="squared")},
+        "guidance": {"student": StudentConfig(guidance=3.0)},
+        "t-init": {"student": StudentConfig(t_init=600)},
+        "classes": {"class_drop": 0.9},
+        "seed": {"seed": 1},
+        "bf16": {"precision": "bf16"},
+    }
+    losses = {}
+    for name, changes in variants.items():
+        distill(dataclasses.replace(SHORT, **changes), tiny.teacher(), tmp_path / name)
+        losses[name] = tuple(row["student_loss"] for row in tiny.metrics(tmp_path / name))
+        assert np.isfinite(losses[name]).all()
+    assert len(set(losses.values())) == len(variants), losses
+
+
+def test_what_cannot_be_distilled(tmp_path: Path):
+    with pytest.raises(ValueError, match="holds a student: distillation starts from a teacher"):
+        distill(SHORT, tiny.student(), tmp_path / "run")
+    with pytest.raises(ValueError, match="17"):
+        distill(dataclasses.replace(SHORT, ar_steps=17), tiny.teacher(), tmp_path / "run")
+    with pytest.raises(ValueError, match="has 1 classes, the teacher 10: distil on the data that the teacher"):
+        distill(dataclasses.replace(SHORT, data=str(one_class(tmp_path))), tiny.teacher(), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    for wrong, message in (
+        ({"t_range": (950, 20)}, "t_range must satisfy .* got 950 20"),
+        ({"auxiliary_updates": 0}, "auxiliary_updates must be at least 1, got 0"),
+        ({"lr": -1.0}, "learning rates must be positive: -1.0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            GSIMConfig(**wrong)
+    for changes in ({"rollout": 1.5}, {"class_drop": 1.0}, {"warmup": -1}, {"trained": "tail"}, {"ar_steps": 0}):
+        with pytest.raises(ValueError, match=f"{next(iter(changes))}.*{next(iter(changes.values()))}"):
+            DistillConfig(**changes)
+    with pytest.raises(ValueError, match=r"t_init must be in \[1, 950\], got 999"):
+        StudentConfig(t_init=999)
+
+
+def one_class(tmp_path: Path) -> Path:
+    (tmp_path / "data" / "only").mkdir(parents=True)
+    for i in range(3):
+        save_png(tmp_path / "data" / "only" / f"{i}.png", np.zeros((8, 8, 1), np.uint8))
+    return tmp_path / "data"
+
+
+def test_a_learning_rate_that_explodes_stops_the_run(tmp_path: Path):
+    config = dataclasses.replace(SHORT, steps=50, gsim=GSIMConfig(lr=1e30), clip_grad=1e30)
+    with pytest.raises(
+        FloatingPointError, match=r"step \d+: the (loss|gradient) of the (student|auxiliary) is not fin"
+    ):
+        distill(config, tiny.teacher(), tmp_path / "run")

@@ -1,0 +1,185 @@
+"""RL: both algorithms raise a simple reward, the anchors hold, runs stop early, bad rewards are refused."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+
+from marval.config import DistillConfig, GSIMConfig, RLConfig, StudentConfig
+from marval.distill import distill
+from marval.pipeline import Pipeline
+from marval.rl import image_statistics, rl
+
+CODE = """
+def brightness(images, prompts):
+    return images.mean((1, 2, 3))
+
+brightness.differentiable = True
+
+def black_box(images, prompts):
+    return brightness(images, prompts).detach()
+
+def darkness(images, prompts):
+    return -brightness(images, prompts)
+
+darkness.differentiable = True
+"""
+CONFIG = RLConfig(
+    steps=12, batch=16, ar_steps=4, ema=0.5, log_every=1, eval_every=4, eval_images=40, sample_every=0, patience=0,
+    anchor=0.0, gsim=GSIMConfig(lr=3e-3, auxiliary_lr=3e-3),
+)  # fmt: skip
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    (tmp_path / "my_rewards.py").write_text(CODE)
+    return tmp_path / "my_rewards.py"
+
+
+def brightness(model: Pipeline) -> float:
+    return float(model.sample(list(range(10)), num_images=100, seed=9).mean()) / 255
+
+
+def aligned(out: Path, **changes: object) -> Pipeline:
+    return rl(dataclasses.replace(CONFIG, **changes), tiny.student(), out)
+
+
+def test_gradient_raises_a_differentiable_reward(file: Path, tmp_path: Path):
+    before = brightness(Pipeline.load(tiny.student()))
+    free = aligned(tmp_path / "free", reward=f"{file}:brightness")
+    assert brightness(free) > before + 0.05
+    assert brightness(Pipeline.load(tmp_path / "free")) == brightness(free)
+    held_out = [row["reward_heldout"] for row in tiny.metrics(tmp_path / "free") if "reward_heldout" in row]
+    assert len(held_out) == 4  # before the first update, and after every fourth
+    assert held_out[-1] > held_out[0] + 0.05
+    anchored = aligned(tmp_path / "anchored", reward=f"{file}:brightness", anchor=3.0)
+    assert brightness(anchored) < brightness(free) - 0.02
+    assert not (tmp_path / "free" / "scores.safetensors").exists()
+    more = dataclasses.replace(CONFIG, reward=f"{file}:brightness", anchor=1.0, steps=2)
+    assert rl(more, tmp_path / "anchored", tmp_path / "more").student == anchored.student
+    with pytest.raises(ValueError, match=r"scores.safetensors does not exist"):
+        rl(more, tmp_path / "free", tmp_path / "none")
+
+
+def test_group_raises_a_black_box(file: Path, tmp_path: Path):
+    before = brightness(Pipeline.load(tiny.student()))
+    group = {"reward": f"{file}:black_box", "algorithm": "group", "batch": 32, "std": 0.2, "steps": 20}
+    free = brightness(aligned(tmp_path / "free", **group))
+    assert free > before + 0.03
+    held = brightness(aligned(tmp_path / "kl", **group, kl=10.0))
+    assert held < free - 0.02
+    inner = brightness(aligned(tmp_path / "inner", **group, inner_updates=2, anchor=0.5))
+    assert inner > before
+
+
+def test_what_is_trained(file: Path, tmp_path: Path):
+    before = load_file(tiny.student() / "model.safetensors")
+    for trained in ("head", "all"):
+        aligned(tmp_path / trained, reward=f"{file}:brightness", trained=trained, steps=4, anchor=1.0)
+        after = load_file(tmp_path / trained / "model.safetensors")
+        moved = {name for name in before if not torch.equal(before[name], after[name])}
+        assert "head.input_proj.weight" in moved
+        assert any(not name.startswith("head.") for name in moved) == (trained == "all")
+        scores = load_file(tmp_path / trained / "scores.safetensors")
+        assert any(name.startswith("teacher.encoder_blocks") for name in scores) == (trained == "all")
+
+
+def test_hinge_and_truncated_gradients(file: Path, tmp_path: Path):
+    """Below every reward, the hinge leaves nothing to learn; fewer AR steps with gradient give another gradient."""
+    reward = {"reward": f"{file}:brightness", "steps": 4}
+    aligned(tmp_path / "hinge", **reward, hinge=0.0)
+    before, after = (load_file(path / "model.safetensors") for path in (tiny.student(), tmp_path / "hinge"))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    norms = {}
+    for steps, stored in ((0, True), (0, False), (4, True), (1, True)):
+        out = tmp_path / f"{steps}-{stored}"
+        aligned(out, **reward, grad_ar_steps=steps, checkpoint_ar_steps=stored)
+        norms[steps, stored] = tiny.metrics(out)[1]["grad_norm"]
+    assert norms[0, True] == norms[4, True] == pytest.approx(norms[0, False], rel=1e-5)
+    assert norms[1, True] != pytest.approx(norms[0, True], rel=1e-2)
+
+
+def test_early_stop_keeps_the_best(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Dark images are the reward, bright ones are what the updates make: only the start is ever best."""
+    (file.parent / "odd.py").write_text(
+        "def odd(images, prompts):\n    m = images.mean((1, 2, 3))\n"
+        "    return m if images.requires_grad else -m\nodd.differentiable = True\n"
+    )
+    model = aligned(tmp_path / "run", reward=f"{file.parent / 'odd.py'}:odd", patience=2, steps=100)
+    rows = tiny.metrics(tmp_path / "run")
+    assert max(row["step"] for row in rows) == 8
+    assert "stopped: no better held-out score since update 0" in capsys.readouterr().err
+    assert model.provenance["best_update"] == 0
+    before, after = (load_file(path / "model.safetensors") for path in (tiny.student(), tmp_path / "run"))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_classifier_reward_and_judge(tmp_path: Path):
+    folder = str(tiny.classifier())
+    aligned(tmp_path / "run", classifier=folder, judge=folder, steps=20, anchor=0.1)
+    rows = [row for row in tiny.metrics(tmp_path / "run") if "judge_heldout" in row]
+    assert rows[0]["judge_heldout"] == pytest.approx(rows[0]["reward_heldout"], rel=1e-4)
+    assert max(row["judge_heldout"] for row in rows) > rows[0]["judge_heldout"] + 0.1
+    watched = {"reward", "brightness", "contrast", "edge_density", "entropy", "saturated", "y", "grad_norm"}
+    assert watched < tiny.metrics(tmp_path / "run")[1].keys()
+
+
+def test_a_student_of_a_range_of_guidance(file: Path, tmp_path: Path):
+    student = StudentConfig(guidance=1.5, guidance_range=(1.0, 3.0))
+    config = DistillConfig(steps=2, batch=8, ar_steps=4, sample_every=0, student=student)
+    distill(config, tiny.teacher(), tmp_path / "student")
+    changed = dataclasses.replace(CONFIG, steps=2, anchor=1.0, reward=f"{file}:brightness")
+    model = rl(changed, tmp_path / "student", tmp_path / "aligned")
+    assert model.student == student
+    assert model.sample([1], guidance=2.0).shape == (1, 8, 8, 1)
+    group = {"algorithm": "group", "reward": f"{file}:black_box", "precision": "bf16"}
+    assert rl(dataclasses.replace(changed, **group), tmp_path / "student", tmp_path / "group").student == student
+
+
+def test_what_is_refused(file: Path, tmp_path: Path):
+    cases = {
+        "is not differentiable: use --algorithm group": {"reward": f"{file}:black_box"},
+        "unknown reward 'beauty'": {"reward": "beauty"},
+        "needs a classifier's folder": {},
+        "has no function 'nothing'": {"reward": f"{file}:nothing"},
+        "is the same for all 10 classes": {"prompt": "a digit", "reward": f"{file}:brightness"},
+    }
+    for message, changes in cases.items():
+        with pytest.raises(ValueError, match=message):
+            aligned(tmp_path / "run", **changes)
+    with pytest.raises(ValueError, match="holds a teacher: RL starts from a student"):
+        rl(dataclasses.replace(CONFIG, reward=f"{file}:brightness"), tiny.teacher(), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    for changes in (
+        {"batch": 12, "algorithm": "group"}, {"group_size": 1, "algorithm": "group"}, {"grad_ar_steps": 9},
+        {"std": 0.0}, {"anchor": -1.0}, {"clip": 0.0}, {"inner_updates": 0}, {"algorithm": "ppo"}, {"eval_images": 0},
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=f"{next(iter(changes))}.*{next(iter(changes.values()))}"):
+            RLConfig(**changes)
+
+
+def test_a_reward_that_fails_later_stops_the_run(tmp_path: Path):
+    (tmp_path / "late.py").write_text(
+        "calls = []\ndef late(images, prompts):\n    calls.append(0)\n"
+        "    return images.mean((1, 2, 3)) / (0.0 if len(calls) > 4 else 1.0)\nlate.differentiable = True\n"
+    )
+    with pytest.raises(ValueError, match=r"the reward of image 0 .* is (inf|nan): it must be finite"):
+        aligned(tmp_path / "run", reward=f"{tmp_path / 'late.py'}:late")
+
+
+def test_image_statistics():
+    flat = image_statistics(torch.full((2, 1, 4, 4), 0.25))
+    assert flat["brightness"] == 0.25
+    assert flat["contrast"] == flat["edge_density"] == flat["saturated"] == 0
+    assert flat["entropy"] == pytest.approx(0, abs=1e-6)
+    stripes = torch.zeros(2, 1, 4, 4)
+    stripes[..., ::2] = 1
+    values = image_statistics(stripes)
+    assert values["saturated"] == 1
+    assert values["edge_density"] == 0.5  # every step to the right, none downwards
+    assert values["entropy"] == pytest.approx(1)
+    assert values["contrast"] == pytest.approx(float(np.std([0, 1] * 8, ddof=1)))
