@@ -206,7 +206,8 @@ def save_samples(config: QuickstartConfig, models: dict[str, Pipeline], file: Pa
     for name, model in models.items():
         arrays[name] = model.sample(classes, seed=config.seed, batch_size=100)
     for name in ("teacher", "student"):
-        model, noise, trace = models[name], ImageNoise(config.seed, list(range(10)), model.device), []
+        model, trace = models[name], []
+        noise = ImageNoise(config.seed, list(range(10)), model.device)
         orders = model.make_orders("random", noise)
         model.draw_batch(model.sampling, torch.arange(10), noise, orders, trace=trace)
         trace = [torch.zeros_like(trace[0]), *trace]
