@@ -1,5 +1,6 @@
 """The whole path on real data in minutes: train a teacher, distil it, align it, measure all three, show it."""
 
+import importlib.util
 import json
 import time
 from dataclasses import dataclass, field, replace
@@ -62,8 +63,8 @@ class QuickstartConfig:
 
 def quickstart(config: QuickstartConfig, out: Path, resume: bool = False) -> dict[str, Any]:
     """Run everything into ``out``: models, results.json, samples.npz, report.html. Returns the results."""
-    import matplotlib  # noqa: F401 - the report needs it at the end: fail now if it is missing
-
+    if importlib.util.find_spec("matplotlib") is None:  # fail now, not at the end
+        raise ValueError("the report draws its curves with matplotlib: pip install 'marval[report]'")
     stages = {name: replace(getattr(config, name), seed=config.seed) for name in ("train", "distill", "rl")}
     config = replace(config, **stages)
     settings = json.loads(json.dumps(to_dict(config)))
