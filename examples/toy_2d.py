@@ -1,13 +1,14 @@
 """GSIM in two dimensions: a 100-step teacher becomes a one-step student. Draws docs/images/toy_2d.png.
 
-The data are six Gaussians, so the teacher's noise prediction has a closed form. Student and auxiliary are small MLPs added
-to it: both start as the teacher, as in the method.
+The data are four Gaussians, so the teacher's noise prediction has a closed form. Student and auxiliary are small MLPs
+added to it: both start as the teacher, as in the method. The pseudo-Huber radius is 0.3, not 1e-5: see docs/LOG.md.
 
     python examples/toy_2d.py [FILE.png]
 """
 
 import math
 import sys
+from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -16,14 +17,14 @@ from torch import Tensor, nn
 
 from marval.diffusion import cosine_schedule, denoise_chain, q_sample, respace
 from marval.ema import EMA
-from marval.gsim import auxiliary_loss, draw_timesteps, one_step, student_loss
+from marval.gsim import auxiliary_loss, draw_timesteps, one_step, pseudo_huber, student_loss
 
 matplotlib.use("agg")
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
 SCHEDULE, T_INIT, STD = cosine_schedule(), 755, 0.12
-LAMBDA, STEPS, BATCH, LR, AUXILIARY_LR = 0.5, 3000, 256, 1e-3, 3e-3
-ANGLES = torch.arange(6) * math.pi / 3
+LAMBDA, STEPS, BATCH, LR, AUXILIARY_LR, R = 0.0, 2800, 256, 1e-3, 3e-3, 0.3
+ANGLES = torch.arange(4) * math.pi / 2
 MEANS = torch.stack([ANGLES.cos(), ANGLES.sin()], dim=1)
 
 
@@ -82,7 +83,7 @@ def distill(g: torch.Generator) -> Denoiser:
                 loss = auxiliary_loss(auxiliary(q_sample(SCHEDULE, x0.detach(), t, eps), t), eps)
             else:
                 x_t = q_sample(SCHEDULE, x0, t, eps)
-                loss = student_loss(teacher(x_t, t), auxiliary(x_t, t), eps, LAMBDA)
+                loss = student_loss(teacher(x_t, t), auxiliary(x_t, t), eps, LAMBDA, partial(pseudo_huber, r=R))
             parameters = list(network.parameters())
             for parameter, gradient in zip(parameters, torch.autograd.grad(loss.mean(), parameters), strict=True):
                 parameter.grad = gradient
@@ -101,11 +102,11 @@ def main(file: Path) -> None:
     torch.manual_seed(0)
     student, g = distill(torch.Generator().manual_seed(0)), torch.Generator().manual_seed(1)
     z, noise, other = torch.randn(3, 4000, 2, generator=g)
-    data, held_out = (MEANS[torch.randint(6, (4000,), generator=g)] + STD * n for n in (noise, other))
+    data, held_out = (MEANS[torch.randint(4, (4000,), generator=g)] + STD * n for n in (noise, other))
     with torch.no_grad():
         panels = {"data": data, "teacher, 100 steps": chain(z, g), "student before, 1 step": generate(Denoiser(), z)}
         panels["student after GSIM, 1 step"] = generate(student, z)
-    figure, axes = plt.subplots(1, 4, figsize=(12, 3.4), layout="constrained")
+    figure, axes = plt.subplots(1, 4, figsize=(12, 3.8), layout="constrained")
     for axis, (title, points) in zip(axes, panels.items(), strict=True):
         axis.scatter(*points.T, s=2, linewidths=0)
         axis.set(title=f"{title}\nenergy distance {energy_distance(points, held_out):.4f}", aspect="equal")

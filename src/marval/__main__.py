@@ -41,11 +41,6 @@ def parse(function: Callable[..., None], verb: str, args: list[str]) -> None:
     import tyro
 
     settings: dict[str, Any] = {"prog": f"marval {verb}", "config": (tyro.conf.FlagCreatePairsOff,)}
-    known = tyro.extras.get_parser(function, **settings)._option_string_actions
-    for word in args:
-        flag = word.split("=")[0].replace("_", "-")
-        if flag.startswith("--") and flag not in known:
-            raise ValueError(f"unknown flag {flag}{nearest(flag, known)}; see marval {verb} --help")
 
     @functools.wraps(function)
     def deferred(*positional: Any, **flags: Any) -> Callable[[], None]:
@@ -58,9 +53,21 @@ def parse(function: Callable[..., None], verb: str, args: list[str]) -> None:
     except SystemExit as stop:
         if not stop.code:
             raise
+        with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()) as usage:
+            tyro.cli(deferred, args=["--help"], **settings)
+        known = set(re.findall(r"--[a-z][\w.-]*", usage.getvalue()))
+        for flag in (word.split("=")[0].replace("_", "-") for word in args if word.startswith("--")):
+            if flag not in known:
+                raise ValueError(f"unknown flag {flag}{nearest(flag, known)}; see marval {verb} --help") from None
         text = " ".join(re.sub("[╭╮╰╯│─]+", " ", message.getvalue()).split())
         raise ValueError(f"{text.split(' For full helptext')[0]}; see marval {verb} --help") from None
     call()
+
+
+def say(text: str) -> None:
+    """Print, on one of several processes only."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text)
 
 
 def recipe(verb: str, recipes: dict[str, Callable[[], Any]], args: list[str]) -> tuple[Any, list[str]]:
@@ -96,7 +103,7 @@ def train_verb(args: list[str]) -> None:
         from marval.train import train
 
         train(config, out, resume)
-        print(f"teacher in {out}")
+        say(f"teacher in {out}")
 
     parse(train, "train RECIPE", rest)
 
@@ -117,7 +124,7 @@ def distill_verb(args: list[str]) -> None:
         from marval.distill import distill
 
         distill(config, teacher, out, resume)
-        print(f"student in {out}")
+        say(f"student in {out}")
 
     parse(distill, "distill RECIPE", rest)
 
@@ -138,7 +145,7 @@ def rl_verb(args: list[str]) -> None:
         from marval.rl import rl
 
         rl(config, student, out, resume)
-        print(f"aligned student in {out}")
+        say(f"aligned student in {out}")
 
     parse(rl, "rl RECIPE", rest)
 

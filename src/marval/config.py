@@ -251,7 +251,8 @@ class RLConfig(RunConfig):
     classifier: str = ""
     """Folder of the classifier that the built-in rewards use (marval train-classifier)."""
     judge: str = ""
-    """Folder of another classifier whose accuracy is watched, never trained on; empty for none."""
+    """Folder of another classifier, never trained on: its log-probability of the asked class is the held-out score
+    that picks the best model and stops the run. Without it the held-out score is the reward on held-out seeds."""
     prompt: str = "a high-quality and harmonious picture of {class}"
     """Prompt of each image; {class} is replaced by the class name."""
     algorithm: Literal["gradient", "group"] = "gradient"

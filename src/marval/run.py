@@ -98,6 +98,7 @@ class Run:
             if (out / "meta.json").exists():
                 raise ValueError(f"{out} already holds a run: add --resume to go on, or choose another --out")
             raise ValueError(f"{out} is not empty and not a run of marval: choose another --out")
+        world.barrier()  # every process has looked at the folder before one writes into it
         if world.is_main:
             writable_folder(out)
             if not (out / "meta.json").exists():
