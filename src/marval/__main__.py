@@ -257,7 +257,10 @@ def bench_verb(args: list[str]) -> None:
         from marval.bench import bench, table
         from marval.checkpoint import write_json
         from marval.distributed import connect
+        from marval.run import writable_folder
 
+        if json is not None:
+            writable_folder(json.parent)
         try:
             batches = [int(part) for part in batch.split(",")]
         except ValueError:
@@ -290,8 +293,10 @@ def classifier_verb(args: list[str]) -> None:
         from marval.models.classifier import train_classifier
         from marval.run import new_folder
 
-        new_folder(out)
+        if epochs < 1:
+            raise ValueError(f"epochs {epochs} must be at least 1")
         splits = [load_dataset(data, split, image_size) for split in ("train", "test")]
+        new_folder(out)
         classifier, metrics = train_classifier(*splits, arch=arch, epochs=epochs, seed=seed)
         classifier.save(out)
         print(f"classifier in {out}: {100 * metrics['accuracy_held_out']:.1f} % of {len(splits[1])} held-out images")
@@ -344,13 +349,17 @@ def main(argv: list[str] | None = None) -> None:
     """Entry point of the ``marval`` command. ``MARVAL_TRACEBACK=1`` shows where an error came from."""
     args = sys.argv[1:] if argv is None else argv
     if not args or args[0] in ("-h", "--help"):
-        print(USAGE)
-        return
+        args = ["--help"]
     verb = args[0]
     try:
+        if verb == "--help":
+            print(USAGE)
+            sys.stdout.flush()
+            return
         if verb not in VERBS:
             raise ValueError(f"no such verb{nearest(verb, VERBS)}; see marval --help")
         VERBS[verb](list(args[1:]))
+        sys.stdout.flush()
     except BrokenPipeError:  # the reader of our output left, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, FloatingPointError, OSError) as error:

@@ -76,6 +76,8 @@ def bench(folder: Path, batches: list[int], repeats: int = 10, device: str = "cp
         ``rows``: one per batch size and model, with seconds per image by part and the spread (interquartile range over
         median) of the total; ``speedup``: teacher over student for each batch size; settings and versions.
     """
+    if repeats < 1 or min(batches, default=0) < 1:
+        raise ValueError(f"repeats and batch sizes must be at least 1, got {repeats} and {batches}")
     models = dict(zip(("teacher", "student"), teacher_and_student(folder, device), strict=True))
     configs = {name: model.settings(**settings) for name, model in models.items()}
     rows, speedup = [], {}

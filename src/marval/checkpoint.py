@@ -5,6 +5,7 @@ Everything is read strictly: a missing or unexpected tensor or a wrong shape is 
 """
 
 import argparse
+import contextlib
 import json
 import os
 from collections.abc import Mapping
@@ -25,8 +26,13 @@ def write_atomically(path: Path, write: Any) -> None:
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except (RuntimeError, SafetensorError) as error:  # how torch.save and safetensors report a full disk
+        raise OSError(f"cannot write {path}: {str(error).splitlines()[0]}") from None
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {error.strerror or error}") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def write_json(path: Path, values: Any) -> None:

@@ -140,6 +140,14 @@ class RunConfig:
         check(self.sample_every >= 0, f"sample_every must not be negative, got {self.sample_every}")
         check(0 <= self.ema < 1, f"ema must be in [0, 1), got {self.ema}")
         check(self.clip_grad > 0, f"clip_grad must be positive, got {self.clip_grad}")
+        check(self.seed >= 0, f"seed must not be negative, got {self.seed}")
+        choices = {
+            "precision": ("float32", "bf16"), "mask_ratios": ("training", "inference"), "trained": ("head", "all"),
+            "algorithm": ("gradient", "group"),
+        }  # fmt: skip
+        for name, known in choices.items():
+            value = getattr(self, name, known[0])
+            check(value in known, f"unknown {name} {value!r}: choose one of {', '.join(known)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,6 +187,9 @@ class TrainConfig(RunConfig):
         check(0 <= self.class_drop < 1, f"class_drop must be in [0, 1), got {self.class_drop}")
         check(self.head_batch_mul >= 1, f"head_batch_mul must be at least 1, got {self.head_batch_mul}")
         check(self.shift >= 0, f"shift must not be negative, got {self.shift}")
+        check(self.warmup >= 0, f"warmup must not be negative, got {self.warmup}")
+        check(self.weight_decay >= 0, f"weight_decay must not be negative, got {self.weight_decay}")
+        check(self.patch_size >= 1, f"patch_size must be at least 1, got {self.patch_size}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,6 +248,8 @@ class DistillConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check(self.warmup >= 0, f"warmup must not be negative, got {self.warmup}")
+        check(0 <= self.class_drop < 1, f"class_drop must be in [0, 1), got {self.class_drop}")
         check(0 <= self.rollout <= 1, f"rollout must be in [0, 1], got {self.rollout}")
         check(self.ar_steps >= 1, f"ar_steps must be at least 1, got {self.ar_steps}")
 
@@ -292,6 +305,10 @@ class RLConfig(RunConfig):
         super().__post_init__()
         check(self.anchor >= 0 and self.kl >= 0, f"anchor and kl must not be negative: {self.anchor} {self.kl}")
         check(self.std > 0, f"std must be positive, got {self.std}")
+        for name in ("ar_steps", "eval_images"):
+            check(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("eval_every", "patience"):
+            check(getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}")
         check(self.clip > 0, f"clip must be positive, got {self.clip}")
         check(self.inner_updates >= 1, f"inner_updates must be at least 1, got {self.inner_updates}")
         check(0 <= self.grad_ar_steps <= self.ar_steps, f"grad_ar_steps {self.grad_ar_steps} must be in [0, ar_steps]")

@@ -102,9 +102,16 @@ def reference_moments(reference: str, network: Classifier) -> Moments:
         return image_moments(load_dataset("digits", "train").images, network)
     path = Path(reference)
     if path.suffix == ".npz" and path.exists():
-        with np.load(path) as file:
-            if {"mu", "sigma"} <= set(file.files):
-                return Moments(file["mu"].astype(np.float64), file["sigma"].astype(np.float64))
+        try:
+            with open(path, "rb") as opened, np.load(opened) as file:
+                arrays = {name: file[name] for name in ("mu", "sigma") if name in file.files}
+        except Exception as error:  # numpy raises ValueError, OSError, EOFError, BadZipFile, ...
+            raise ValueError(f"{path} cannot be read as .npz ({type(error).__name__}): give another") from None
+        if len(arrays) == 2:
+            mu, sigma = (arrays[name].astype(np.float64) for name in ("mu", "sigma"))
+            if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
+                raise ValueError(f"{path}: mu {mu.shape} and sigma {sigma.shape} must be (F,) and (F, F)")
+            return Moments(mu, sigma)
     return image_moments(read_images(path), network)
 
 
@@ -203,6 +210,7 @@ def evaluate_folder(
         raise ValueError(f"{out} exists: choose another --out")
     writable_folder(out.parent)
     model = Pipeline.load(folder, world.device)
+    model.require_images()
     model.settings(**settings)
     if features is None:
         features = folder.resolve().parent / "classifier"
@@ -231,9 +239,14 @@ def save_images(
         classes: ``all``, ``none`` (unconditional), or comma-separated indices or names.
     """
     world = connect(device)
+    if batch_size < 1:
+        raise ValueError(f"the batch size must be at least 1, got {batch_size}")
+    if seed < 0:
+        raise ValueError(f"seed must not be negative, got {seed}")
     if num_images is not None and num_images < 1:
         raise ValueError(f"the number of images must be at least 1, got {num_images}")
     model = Pipeline.load(folder, world.device)
+    model.require_images()
     model.settings(**settings)
     asked: list[Any] = [part.strip() for part in classes.split(",") if part.strip()]
     if classes == "all":
@@ -242,6 +255,8 @@ def save_images(
         asked = [None]
     if not asked:
         raise ValueError(f"--classes {classes!r} names no class: give 3,7 or all or none")
+    for name in asked:
+        model.label(name)
     count = num_images or len(asked)
     if world.is_main:
         new_folder(out)

@@ -24,6 +24,11 @@ def infer_config(tensors: Mapping[str, Tensor], heads: int, source: str) -> MARC
     def count(pattern: str) -> int:
         return len({match.group(1) for name in tensors if (match := re.match(pattern, name))})
 
+    width = tensors["z_proj.weight"].shape[0] if "z_proj.weight" in tensors else 0
+    if width % heads:
+        raise ValueError(
+            f"{source} is {width} wide, which is no multiple of {heads} attention heads: check --heads or --preset"
+        )
     try:
         num_tokens = tensors["diffusion_pos_embed_learned"].shape[1]
         return MARConfig(

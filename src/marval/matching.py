@@ -142,7 +142,7 @@ class ScoreMatching:
             shared = network.class_emb is self.student.class_emb
             for name, value in network.state_dict().items():
                 if name.startswith("head.") or not shared:
-                    tensors[f"{role}.{name}"] = value
+                    tensors[f"{role}.{name}"] = value.clone()  # both may share one backbone
         save_tensors(out / "scores.safetensors", tensors)
 
 

@@ -15,7 +15,16 @@ from marval.config import MARConfig, SamplingConfig, StudentConfig, check, from_
 from marval.diffusion import cosine_schedule, respace
 from marval.models.mar import MAR
 from marval.rng import ImageNoise
-from marval.tokenizers import PixelTokenizer, Tokenizer, to_float, to_uint8, tokenizer_from_dict, tokenizer_to_dict
+from marval.tokenizers import (
+    NO_IMAGES,
+    LatentTokenizer,
+    PixelTokenizer,
+    Tokenizer,
+    to_float,
+    to_uint8,
+    tokenizer_from_dict,
+    tokenizer_to_dict,
+)
 
 FORMAT = 1
 
@@ -142,6 +151,11 @@ class Pipeline:
                     raise ValueError(f"this student serves guidance in [{low}, {high}], got {config.guidance}")
         return config
 
+    def require_images(self) -> None:
+        """Raises ValueError if this model draws latents that it cannot decode."""
+        if isinstance(self.tokenizer, LatentTokenizer):
+            raise ValueError(NO_IMAGES)
+
     # ---- sampling
 
     @torch.no_grad()
@@ -176,6 +190,7 @@ class Pipeline:
         Raises:
             ValueError: an argument is out of range; the message names it.
         """
+        self.require_images()
         batches = self._token_batches(
             classes, num_images, seed, first_image, batch_size, order, images, keep,
             ar_steps=ar_steps, head_steps=head_steps, solver=solver, guidance=guidance,

@@ -73,7 +73,7 @@ def quickstart(config: QuickstartConfig, out: Path, resume: bool = False) -> dic
         check(
             read_json(out / "quickstart.json") == settings, f"{out} was started with other settings: resume with those"
         )
-    elif out.exists() and any(out.iterdir()):
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} is not empty and not a quickstart: choose another --out")
     writable_folder(out)
     write_json(out / "quickstart.json", settings)

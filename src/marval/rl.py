@@ -230,7 +230,7 @@ def rl(config: RLConfig, student_folder: Path, out: Path, resume: bool = False) 
         chosen = ema.averaged(part)
         if weights is not None:
             chosen.load_state_dict(weights)
-        provenance = {"verb": "rl", "reward": config.reward, "best_update": best["step"]}
+        provenance = base.provenance | {"verb": "rl", "reward": config.reward, "best_update": best["step"]}
         network = with_part(student, chosen)
         return Pipeline(network, model.tokenizer, model.class_names, sampling, base.student, provenance)
 
@@ -250,6 +250,8 @@ def rl(config: RLConfig, student_folder: Path, out: Path, resume: bool = False) 
     progress = run.progress(start)
     done = start
     for step in progress:
+        if config.patience > 0 and best["misses"] >= config.patience:  # a resumed run that had stopped
+            break
         # ---- draw: the numbers of the whole batch, then this process's rows
         g = rng.generator(config.seed, 5, step, device=world.device)
         host = rng.generator(config.seed, 6, step)

@@ -7,6 +7,7 @@ metrics.jsonl                    one JSON object per line
 samples/step-000500.png          sample grids
 """
 
+import contextlib
 import json
 import math
 import platform
@@ -57,6 +58,9 @@ def writable_folder(path: Path) -> Path:
         probe.write_bytes(bytes(1 << 16))
         probe.unlink()
     except OSError as error:
+        with contextlib.suppress(OSError):
+            probe.unlink()
+            path.rmdir()
         raise ValueError(f"cannot write into {path}: {error.strerror}; choose another --out") from None
     return path
 
@@ -94,7 +98,7 @@ class Run:
                 if settings.get(name) != before["config"].get(name):
                     values = f"{before['config'].get(name)!r}, not {settings.get(name)!r}"
                     raise ValueError(f"{out} was started with {name} = {values}: resume with the same settings")
-        elif out.exists() and any(out.iterdir()):
+        elif out.exists() and (not out.is_dir() or any(out.iterdir())):
             if (out / "meta.json").exists():
                 raise ValueError(f"{out} already holds a run: add --resume to go on, or choose another --out")
             raise ValueError(f"{out} is not empty and not a run of marval: choose another --out")
@@ -112,7 +116,7 @@ class Run:
     def restore(self, stateful: dict[str, Stateful], extra: dict[str, Any]) -> int:
         """Load the last checkpoint, if there is one, into the objects and into ``extra``; returns the next step."""
         self.stateful, self.extra = stateful, extra
-        step = 0
+        step = -1
         if (self.out / "checkpoint.pt").exists():
             state = load_state(self.out / "checkpoint.pt")
             for name, target in stateful.items():
@@ -122,7 +126,7 @@ class Run:
         if self.world.is_main and self.metrics_file.exists():  # drop what was logged after the checkpoint
             lines = [line for line in self.metrics_file.read_text().splitlines(True) if line.endswith("\n")]
             self.metrics_file.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
-        return step
+        return max(step, 0)
 
     def save(self, step: int) -> None:
         """Write the checkpoint atomically. ``step`` updates are done."""

@@ -59,6 +59,9 @@ class PixelTokenizer:
         return ((unpatchify(tokens, self.patch_size) + 1) / 2).clamp(0, 1)
 
 
+NO_IMAGES = "this model works on latents of an autoencoder that is not in its folder: use sample_tokens() in Python"
+
+
 @dataclass(frozen=True, kw_only=True)
 class LatentTokenizer:
     """Latents of an autoencoder that is not part of the model folder, such as MAR's KL-16: tokens only, no images."""
@@ -76,9 +79,7 @@ class LatentTokenizer:
         return None
 
     def encode(self, images: Tensor) -> Tensor:
-        raise ValueError(
-            "this model works on the latents of an autoencoder that is not in its folder: use its sample_tokens()"
-        )
+        raise ValueError(NO_IMAGES)
 
     decode = encode
 
