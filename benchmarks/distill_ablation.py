@@ -3,7 +3,7 @@
     python benchmarks/distill_ablation.py runs/quickstart benchmarks/results/distill_ablation.json
 
 needs a finished quickstart; about 20 minutes on 2 CPU cores. Variants are compared at equal updates on seeds that the
-quickstart does not report (tuning and reporting are apart), with two seeds each.
+quickstart does not report (tuning and reporting are apart); the three values of lambda with two training seeds.
 """
 
 import dataclasses
@@ -32,7 +32,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "lambda 0": {"gsim": GSIMConfig(lam=0.0)},
     "lambda 1 (paper)": {"gsim": GSIMConfig(lam=1.0)},
     "squared distance": {"gsim": GSIMConfig(distance="squared")},
-    "2 auxiliary updates": {"gsim": GSIMConfig(auxiliary_updates=2)},
     "backbone and head": {"trained": "all"},
     "training mask ratios": {"mask_ratios": "training"},
     "rollout contexts 0.5": {"rollout": 0.5},
@@ -67,8 +66,9 @@ def main(run: Path, out: Path) -> None:
     for head_steps in (100, 10, 4):
         add(f"teacher, {head_steps} steps", teacher, head_steps=head_steps)
     add("one step, untrained", make_student(teacher, BASE))
-    for seed in (0, 1):
-        for name, changes in VARIANTS.items():
+    for seed, names in ((0, list(VARIANTS)), (1, list(VARIANTS)[:3])):
+        for name in names:
+            changes = VARIANTS[name]
             config = dataclasses.replace(BASE, seed=seed, sample_every=0, **changes)
             with tempfile.TemporaryDirectory() as folder:
                 start = time.perf_counter()

@@ -172,7 +172,7 @@ def measure(
         results[name] = cached[name]
     for name, model in models.items():
         results[name]["seconds_per_image_batch1"] = seconds_per_image(model, 1, config.latency_repeats)
-        results[name]["seconds_per_image_batch256"] = seconds_per_image(model, 256, max(1, config.latency_repeats // 3))
+        results[name]["seconds_per_image_batch256"] = seconds_per_image(model, 256, max(1, config.latency_repeats // 5))
     for batch in (1, 256):
         key = f"seconds_per_image_batch{batch}"
         results[f"speedup_batch{batch}"] = results["teacher"][key] / results["student"][key]
@@ -188,7 +188,7 @@ def measure(
             f"the {len(real)} training digits over the classifier's features (held-out features: those of the judge, "
             "another architecture and seed, never trained on); accuracy: the share of images read as the asked class, "
             "by the classifier and by the judge; reward: the classifier's mean log-probability of the asked class; "
-            f"latency: median of {repeats} batches (batch 256: {max(1, repeats // 3)}) after a warm-up, float32, whole "
+            f"latency: median of {repeats} batches (batch 256: {max(1, repeats // 5)}) after a warm-up, float32, whole "
             f"images, teacher with {models['teacher'].sampling.head_steps} {models['teacher'].sampling.solver} steps, "
             "the same number of AR steps for all; floor: one half of the training digits against the other."
         ),

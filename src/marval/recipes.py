@@ -6,7 +6,7 @@ from marval.config import DistillConfig, GSIMConfig, MARConfig, RLConfig, Sampli
 def digits_teacher() -> TrainConfig:
     """8x8 handwritten digits as 16 tokens of 2x2 pixels: 96 wide, 2+2 blocks, head 3x64; 0.6 M parameters."""
     return TrainConfig(
-        steps=2000, batch=64, lr=2e-3, ema=0.998, head_batch_mul=2, mask_ratios="inference", sample_every=1000,
+        steps=1800, batch=64, lr=2e-3, ema=0.998, head_batch_mul=2, mask_ratios="inference", sample_every=900,
         model=MARConfig(width=96, depth=2, heads=4, buffer_size=4, head_width=64, head_depth=3),
         sampling=SamplingConfig(ar_steps=8, guidance=2.0, head_steps=100),
     )  # fmt: skip
@@ -15,7 +15,7 @@ def digits_teacher() -> TrainConfig:
 def digits_student() -> DistillConfig:
     """One-step student of the digits teacher: its head only, on the frozen backbone."""
     return DistillConfig(
-        steps=600, batch=64, ema=0.99, save_every=200, sample_every=300, student=StudentConfig(guidance=2.0),
+        steps=500, batch=64, ema=0.99, save_every=250, sample_every=250, student=StudentConfig(guidance=2.0),
         gsim=GSIMConfig(lr=2e-4, auxiliary_lr=4e-4),
     )  # fmt: skip
 
@@ -24,6 +24,7 @@ def digits_aligned() -> RLConfig:
     """The digits student after RL on a classifier's log-probability of the asked digit."""
     return RLConfig(
         steps=60, batch=64, ema=0.9, save_every=20, sample_every=60, eval_every=20, log_every=5,
+        checkpoint_ar_steps=False,
         gsim=GSIMConfig(lr=1e-4, auxiliary_lr=2e-4),
     )  # fmt: skip
 
