@@ -46,6 +46,14 @@ def parse(function: Callable[..., None], verb: str, args: list[str]) -> None:
     def deferred(*positional: Any, **flags: Any) -> Callable[[], None]:
         return lambda: function(*positional, **flags)
 
+    given = [word.split("=")[0].replace("_", "-") for word in args if word.startswith("--") and word != "--help"]
+    if given:
+        with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()) as usage:
+            tyro.cli(deferred, args=["--help"], **settings)
+        known = set(re.findall(r"--[a-z][\w.-]*", usage.getvalue()))
+        for flag in given:
+            if flag not in known:
+                raise ValueError(f"unknown flag {flag}{nearest(flag, known)}; see marval {verb} --help")
     message = io.StringIO()
     try:
         with contextlib.redirect_stderr(message):
@@ -53,12 +61,6 @@ def parse(function: Callable[..., None], verb: str, args: list[str]) -> None:
     except SystemExit as stop:
         if not stop.code:
             raise
-        with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()) as usage:
-            tyro.cli(deferred, args=["--help"], **settings)
-        known = set(re.findall(r"--[a-z][\w.-]*", usage.getvalue()))
-        for flag in (word.split("=")[0].replace("_", "-") for word in args if word.startswith("--")):
-            if flag not in known:
-                raise ValueError(f"unknown flag {flag}{nearest(flag, known)}; see marval {verb} --help") from None
         text = " ".join(re.sub("[╭╮╰╯│─]+", " ", message.getvalue()).split())
         raise ValueError(f"{text.split(' For full helptext')[0]}; see marval {verb} --help") from None
     call()

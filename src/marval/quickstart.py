@@ -13,7 +13,7 @@ import torch
 from marval import recipes
 from marval.checkpoint import read_json, write_atomically, write_json
 from marval.config import DistillConfig, RLConfig, TrainConfig, check, to_dict
-from marval.data import load_dataset
+from marval.data import image_grid, load_dataset, save_png
 from marval.distill import distill, make_student
 from marval.evaluate import (
     class_accuracy,
@@ -98,7 +98,7 @@ def quickstart(config: QuickstartConfig, out: Path, resume: bool = False) -> dic
         say(f"5/5  all three measured with the same {config.num_images} seeds")
         models = {"teacher": teacher, "student": student, "aligned": aligned}
         results = measure(config, models, classifier, judge, out)
-        save_samples(config, models, out / "samples.npz")
+        save_pictures(save_samples(config, models, out / "samples.npz"), out)
     results["settings"]["seconds"] = clock.seconds
     write_json(out / "results.json", results)
     report = write_report(out)
@@ -199,7 +199,7 @@ def measure(
 
 
 @torch.no_grad()
-def save_samples(config: QuickstartConfig, models: dict[str, Pipeline], file: Path) -> None:
+def save_samples(config: QuickstartConfig, models: dict[str, Pipeline], file: Path) -> dict[str, np.ndarray]:
     """samples.npz for the report: 10 x 10 grids (a class per row), and ten images after each AR step."""
     real = load_dataset("digits", "train")
     arrays: dict[str, Any] = {"real": np.concatenate([real.images[real.labels == label][:10] for label in range(10)])}
@@ -220,6 +220,19 @@ def save_samples(config: QuickstartConfig, models: dict[str, Pipeline], file: Pa
             np.put_along_axis(visible[k], orders[:, : length - masked].cpu().numpy(), True, axis=1)
         arrays["trace_visible"] = visible.reshape(len(counts), 10, model.network.config.grid, -1)
     write_atomically(file, lambda p: write_npz(p, **arrays))
+    return arrays
+
+
+def save_pictures(arrays: dict[str, np.ndarray], out: Path) -> None:
+    """samples.png: real, teacher, student, aligned side by side; unmasking.png: student images, a row per AR step."""
+    grids = [image_grid(arrays[name], columns=10, scale=3) for name in ("real", *STAGES)]
+    gap = np.full((len(grids[0]), 24, grids[0].shape[2]), 255, np.uint8)
+    save_png(out / "samples.png", np.concatenate([part for grid in grids for part in (grid, gap)][:-1], axis=1))
+    trace, visible = arrays["student_trace"], arrays["trace_visible"]
+    patch = trace.shape[2] // visible.shape[2]
+    drawn = visible.repeat(patch, axis=2).repeat(patch, axis=3)[..., None]
+    images = np.where(drawn, trace, 150).astype(np.uint8)
+    save_png(out / "unmasking.png", image_grid(images.reshape(-1, *images.shape[2:]), columns=len(images[0]), scale=6))
 
 
 def table(results: dict[str, Any]) -> str:
