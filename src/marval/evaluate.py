@@ -153,14 +153,19 @@ def sample_in_turn(
     return images[:num_images], labels[:num_images]
 
 
-def seconds_per_image(model: Pipeline, batch: int, repeats: int = 10, **settings: Any) -> float:
-    """Median wall time of one batch, per image, after one warm-up; decoding included."""
-    times = []
+def seconds_per_image(models: dict[str, Pipeline], batch: int, repeats: int = 10) -> dict[str, float]:
+    """Median wall time of one batch of each model, per image, decoding included, after a warm-up.
+
+    The models take turns, so that a slow spell of the machine meets all of them.
+    """
+    times: dict[str, list[float]] = {name: [] for name in models}
     for repeat in range(repeats + 1):
-        start = time.perf_counter()
-        model.sample([i % len(model.class_names) for i in range(batch)], seed=repeat, batch_size=batch, **settings)
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[1:]) / batch
+        for name, model in models.items():
+            classes = [i % len(model.class_names) for i in range(batch)]
+            start = time.perf_counter()
+            model.sample(classes, seed=repeat, batch_size=batch)
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values[1:]) / batch for name, values in times.items()}
 
 
 def head_evaluations_per_token(model: Pipeline) -> int:

@@ -158,7 +158,7 @@ class Pipeline:
 
     # ---- sampling
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def sample(
         self, classes: Sequence[int | str | None] | int | str | None = None, *, num_images: int | None = None,
         seed: int = 0, first_image: int = 0, ar_steps: int | None = None, head_steps: int | None = None,
@@ -199,7 +199,7 @@ class Pipeline:
         parts = [(rows, to_uint8(self.tokenizer.decode(tokens)).cpu().numpy()) for rows, tokens in batches]
         return _in_order(parts)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def sample_tokens(
         self, classes: Sequence[int | str | None] | int | str | None = None, *, num_images: int | None = None,
         seed: int = 0, first_image: int = 0, batch_size: int = 64, order: str | Sequence[int] | Tensor | None = None,

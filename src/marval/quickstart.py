@@ -170,12 +170,11 @@ def measure(
             }  # fmt: skip
             write_json(partial, cached)
         results[name] = cached[name]
-    for name, model in models.items():
-        results[name]["seconds_per_image_batch1"] = seconds_per_image(model, 1, config.latency_repeats)
-        results[name]["seconds_per_image_batch256"] = seconds_per_image(model, 256, max(1, config.latency_repeats // 5))
-    for batch in (1, 256):
-        key = f"seconds_per_image_batch{batch}"
-        results[f"speedup_batch{batch}"] = results["teacher"][key] / results["student"][key]
+    for batch, repeats in ((1, config.latency_repeats), (256, max(1, config.latency_repeats // 5))):
+        seconds = seconds_per_image(models, batch, repeats)
+        for name in models:
+            results[name][f"seconds_per_image_batch{batch}"] = seconds[name]
+        results[f"speedup_batch{batch}"] = seconds["teacher"] / seconds["student"]
     first, second = (image_moments(real.images[rows], classifier) for rows in (halves[:half], halves[half:]))
     results["fid_floor"] = frechet_distance(first, second)
     repeats = config.latency_repeats
@@ -188,9 +187,10 @@ def measure(
             f"the {len(real)} training digits over the classifier's features (held-out features: those of the judge, "
             "another architecture and seed, never trained on); accuracy: the share of images read as the asked class, "
             "by the classifier and by the judge; reward: the classifier's mean log-probability of the asked class; "
-            f"latency: median of {repeats} batches (batch 256: {max(1, repeats // 5)}) after a warm-up, float32, whole "
-            f"images, teacher with {models['teacher'].sampling.head_steps} {models['teacher'].sampling.solver} steps, "
-            "the same number of AR steps for all; floor: one half of the training digits against the other."
+            f"latency: median of {repeats} batches (batch 256: {max(1, repeats // 5)}) after a warm-up, the models in "
+            f"turn, float32, whole images, teacher with {models['teacher'].sampling.head_steps} "
+            f"{models['teacher'].sampling.solver} steps, the same number of AR steps for all; floor: one half of the "
+            "training digits against the other."
         ),
         "stages": {"train": to_dict(config.train), "distill": to_dict(config.distill), "rl": to_dict(config.rl)},
     }
