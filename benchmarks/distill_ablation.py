@@ -25,17 +25,17 @@ from marval.run import versions
 
 NUM_IMAGES, SEED = 2000, 77
 
-BASE = recipes.digits_student()
-GUIDANCE = BASE.student.guidance
+GUIDANCE = recipes.digits_student().student.guidance
+BASE = dataclasses.replace(recipes.digits_student(), student=StudentConfig(guidance=GUIDANCE))
 VARIANTS: dict[str, dict[str, Any]] = {
-    "recipe (lambda -0.4, head, contexts of inference)": {},
+    "lambda -0.4, head, inference mask ratios": {},
     "lambda 0": {"gsim": GSIMConfig(lam=0.0)},
     "lambda 1 (paper)": {"gsim": GSIMConfig(lam=1.0)},
     "squared distance": {"gsim": GSIMConfig(distance="squared")},
     "backbone and head": {"trained": "all"},
     "training mask ratios": {"mask_ratios": "training"},
     "rollout contexts 0.5": {"rollout": 0.5},
-    "guidance as input, 1..3": {"student": StudentConfig(guidance=GUIDANCE, guidance_range=(1.0, 3.0))},
+    "guidance as input, 1..3 (the recipe)": {"student": StudentConfig(guidance=GUIDANCE, guidance_range=(1.0, 3.0))},
 }
 
 

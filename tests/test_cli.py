@@ -402,3 +402,27 @@ def test_a_header_that_claims_too_much_is_refused(tmp_path: Path, capsys: pytest
     shutil.copytree(tiny.student(), model)
     (model / "model.safetensors").write_bytes(struct.pack("<Q", 1 << 60) + b"{}")
     assert "safetensors" in tiny.refused(capsys, "bench", "--model", model, "--repeats", 1)
+
+
+def test_evaluate_writes_its_protocol(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    out = tmp_path / "results.json"
+    main(["evaluate", "--model", str(tiny.student()), "--reference", "digits", "--features", str(tiny.classifier()),
+          "--num-images", "30", "--out", str(out)])  # fmt: skip
+    results = json.loads(out.read_text())
+    assert results["fid"] > 0
+    assert 0 <= results["accuracy"] <= 1
+    assert results["protocol"]["num_images"] == 30
+    assert f"{results['fid']:.4f}" in capsys.readouterr().out
+
+
+def test_an_order_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    sample = ["sample", "--model", str(tiny.student()), "--classes", "3"]
+    raster = ",".join(map(str, range(16)))
+    main([*sample, "--order", raster, "--out", str(tmp_path / "a")])
+    main([*sample, "--order", "raster", "--out", str(tmp_path / "b")])
+    assert (tmp_path / "a" / "grid.png").read_bytes() == (tmp_path / "b" / "grid.png").read_bytes()
+    capsys.readouterr()
+    assert "position 1 occurs 2 times" in tiny.refused(
+        capsys, *sample, "--order", "0,1,1," + raster[6:], "--out", tmp_path / "c"
+    )
+    assert not (tmp_path / "c").exists()

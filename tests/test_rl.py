@@ -12,7 +12,10 @@ from safetensors.torch import load_file
 from marval.config import DistillConfig, GSIMConfig, RLConfig, StudentConfig
 from marval.distill import distill
 from marval.pipeline import Pipeline
-from marval.rl import image_statistics, rl
+from marval.policy import gaussian_log_prob
+from marval.rewards import UserReward
+from marval.rl import Batch, GroupGradient, image_statistics, rl
+from marval.sampling import gather_tokens
 
 CODE = """
 def brightness(images, prompts):
@@ -183,3 +186,16 @@ def test_image_statistics():
     assert values["edge_density"] == 0.5  # every step to the right, none downwards
     assert values["entropy"] == pytest.approx(1)
     assert values["contrast"] == pytest.approx(float(np.std([0, 1] * 8, ddof=1)))
+
+
+def test_bf16_recomputes_the_log_probability_exactly():
+    config = RLConfig(algorithm="group", precision="bf16", group_size=2, batch=4, ar_steps=4)
+    model = Pipeline.load(tiny.student())
+    algorithm = GroupGradient(model, UserReward(lambda images, prompts: images.mean((1, 2, 3))), config, model.network)
+    g = torch.Generator().manual_seed(0)
+    z, exploration = torch.randn(2, 4, 16, 4, generator=g)
+    orders = torch.stack([torch.randperm(16, generator=g) for _ in range(2)]).repeat_interleave(2, dim=0)
+    algorithm.rollout(Batch(torch.tensor([1, 1, 2, 2]), [""] * 4, orders, z, torch.full((4, 1), 1.5), exploration))
+    for target, mean in algorithm.means(model.network, algorithm.batch, algorithm.actions):
+        log_prob = gaussian_log_prob(gather_tokens(algorithm.actions, target), mean, config.std)
+        assert torch.equal(log_prob, algorithm.log_prob.gather(1, target))

@@ -389,3 +389,10 @@ def test_load_errors_name_the_file(make, tmp_path, damage, message):
     damage(folder)
     with pytest.raises(ValueError, match=message):
         marval.load(folder)
+
+
+def test_a_number_is_an_index_and_a_string_a_name(make):
+    model = make()
+    model.class_names = [str(index + 1) for index in range(len(model.class_names))]
+    assert model.label(1) == 1
+    assert model.label("1") == 0

@@ -192,7 +192,7 @@ def sample_verb(args: list[str]) -> None:
             ar_steps: AR steps K, from 1 to the number of tokens; the model's default if left out, as all below.
             guidance: Guidance scale w; 1 is no guidance.
             guidance_schedule: Constant, or linear in the share of revealed tokens.
-            order: random, raster or centre-out.
+            order: random, raster, centre-out, or all token positions, comma-separated, first revealed first.
             head_steps: Denoising steps of a teacher's inner chain.
             solver: How the inner chain steps.
             temperature: Scale of the noise.

@@ -1,5 +1,6 @@
 """Time a teacher and its student side by side: where an image's time goes, and the ratio."""
 
+import dataclasses
 import statistics
 import time
 from pathlib import Path
@@ -25,7 +26,8 @@ def teacher_and_student(folder: Path, device: torch.device | str = "cpu") -> tup
     model = Pipeline.load(folder, device)
     if model.student is None:
         config = StudentConfig(guidance=model.sampling.guidance)
-        student = Pipeline(model.network, model.tokenizer, model.class_names, model.sampling, config)
+        constant = dataclasses.replace(model.sampling, guidance_schedule="constant")
+        student = Pipeline(model.network, model.tokenizer, model.class_names, constant, config)
         return model, student
     network = load_scores(folder, model.network, model.student.guidance_range is not None)[0]
     return Pipeline(network, model.tokenizer, model.class_names, model.sampling), model
@@ -98,7 +100,7 @@ def bench(folder: Path, batches: list[int], repeats: int = 10, device: str = "cp
             rows.append(row)
         speedup[str(batch)] = rows[-2]["total_seconds_per_image"] / rows[-1]["total_seconds_per_image"]
     protocol = {"repeats": repeats, "dtype": "float32", **to_dict(configs["teacher"])}
-    return {"rows": rows, "speedup": speedup, "settings": protocol, "versions": versions()}
+    return {"rows": rows, "speedup": speedup, "settings": protocol, "versions": versions(models["teacher"].device)}
 
 
 def table(results: dict[str, Any]) -> str:

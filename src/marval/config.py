@@ -305,10 +305,9 @@ class RLConfig(RunConfig):
         super().__post_init__()
         check(self.anchor >= 0 and self.kl >= 0, f"anchor and kl must not be negative: {self.anchor} {self.kl}")
         check(self.std > 0, f"std must be positive, got {self.std}")
-        for name in ("ar_steps", "eval_images"):
+        for name in ("ar_steps", "eval_images", "eval_every"):
             check(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("eval_every", "patience"):
-            check(getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}")
+        check(self.patience >= 0, f"patience must not be negative, got {self.patience}")
         check(self.clip > 0, f"clip must be positive, got {self.clip}")
         check(self.inner_updates >= 1, f"inner_updates must be at least 1, got {self.inner_updates}")
         check(0 <= self.grad_ar_steps <= self.ar_steps, f"grad_ar_steps {self.grad_ar_steps} must be in [0, ar_steps]")

@@ -7,14 +7,14 @@ import torch
 
 from marval import masking, rng
 from marval.config import DistillConfig
-from marval.data import batch_indices, load_dataset
+from marval.data import ImageDataset, batch_indices, load_dataset
 from marval.distributed import connect
 from marval.ema import EMA
 from marval.matching import ScoreMatching, copy_network, draw_noise, own_part, with_part
 from marval.pipeline import Pipeline
-from marval.run import Run, Update, warmup_then_cosine
+from marval.run import Run, Update, autocast, warmup_then_cosine
 from marval.sampling import gather_tokens, last, one_evaluation, unmask
-from marval.tokenizers import to_float
+from marval.tokenizers import PixelTokenizer, to_float
 from marval.train import draw_masks, save_sample_grid
 
 
@@ -28,6 +28,18 @@ def make_student(teacher: Pipeline, config: DistillConfig) -> Pipeline:
     return Pipeline(network, teacher.tokenizer, teacher.class_names, sampling, config.student)
 
 
+def check_data(data: ImageDataset, teacher: Pipeline) -> None:
+    """Raises ValueError unless the images and classes are of the kind that the teacher was trained on."""
+    teacher.require_images()
+    assert isinstance(teacher.tokenizer, PixelTokenizer)
+    size = teacher.tokenizer.image_size
+    shape = (size, size, teacher.tokenizer.channels)
+    if data.class_names != teacher.class_names or data.images.shape[1:] != shape:
+        found = f"images {data.images.shape[1:]} of the classes {', '.join(data.class_names[:5])}"
+        wanted = f"{shape} of {', '.join(teacher.class_names[:5])}"
+        raise ValueError(f"{data.source} has {found}; the teacher {wanted}: give its own --data and --image-size")
+
+
 def distill(config: DistillConfig, teacher_folder: Path, out: Path, resume: bool = False) -> Pipeline:
     """Run `marval distill`: returns the averaged student, which is also saved in ``out``."""
     world = connect(config.device)
@@ -37,9 +49,7 @@ def distill(config: DistillConfig, teacher_folder: Path, out: Path, resume: bool
         raise ValueError(f"{teacher_folder} holds a student: distillation starts from a teacher")
     teacher.network.requires_grad_(False)
     data = load_dataset(config.data, "train", config.image_size)
-    if len(data.class_names) != teacher.network.config.num_classes:
-        classes = f"{len(data.class_names)} classes, the teacher {teacher.network.config.num_classes}"
-        raise ValueError(f"{config.data} has {classes}: distil on the data that the teacher was trained on")
+    check_data(data, teacher)
     model = make_student(teacher, config)
     model.settings()
     student, tokenizer, length = model.network, model.tokenizer, model.network.config.num_tokens
@@ -49,10 +59,10 @@ def distill(config: DistillConfig, teacher_folder: Path, out: Path, resume: bool
     adam = {"betas": (0.0, 0.999), "fused": True}
     student_optimizer = torch.optim.Adam(student_part.parameters(), config.gsim.lr, **adam)
     auxiliary_optimizer = torch.optim.Adam(auxiliary_part.parameters(), config.gsim.auxiliary_lr, **adam)
-    student_update = Update("student", student_part.parameters(), student_optimizer, config.clip_grad, world)
-    auxiliary_update = Update("auxiliary", auxiliary_part.parameters(), auxiliary_optimizer, config.clip_grad, world)
+    student_update = Update("student", student_part, student_optimizer, config.clip_grad, world)
+    auxiliary_update = Update("auxiliary", auxiliary_part, auxiliary_optimizer, config.clip_grad, world)
     ema = EMA(student_part, config.ema)
-    run = Run(out, "distill", config, resume, world)
+    run = Run(out, "distill", config, resume, world, {"teacher": teacher_folder})
     start = run.restore(
         {
             "student": student_part, "auxiliary": auxiliary_part, "ema": ema,
@@ -88,16 +98,15 @@ def distill(config: DistillConfig, teacher_folder: Path, out: Path, resume: bool
 
         # ---- contexts: from data, or from the student's own rollout up to the same number of masked tokens
         tokens = tokens_of_data[index][rows].to(world.device)
-        autocast = torch.autocast(world.device.type, torch.bfloat16, enabled=config.precision == "bf16")
         if is_rollout < config.rollout and num_masked < length:
             z = torch.randn(config.batch, *tokens.shape[1:], generator=g, device=world.device)[rows]
             orders = torch.cat([visible, masked], dim=1)
             shuffled = torch.rand(config.batch, visible.shape[1], generator=g, device=world.device)[rows].argsort(1)
             orders[:, : visible.shape[1]] = visible.gather(1, shuffled)
             upto = counts.index(num_masked) + 1
-            with torch.no_grad(), autocast:
+            with torch.no_grad(), autocast(config, world.device):
                 tokens = last(unmask(student, draw_token, labels, orders, counts[:upto], z, guidance=w))
-        with autocast:
+        with autocast(config, world.device):
             context = matching.context(tokens, visible, masked, labels, w)
 
         # ---- update the auxiliary, then the student
@@ -105,12 +114,12 @@ def distill(config: DistillConfig, teacher_folder: Path, out: Path, resume: bool
         auxiliary_loss = auxiliary_norm = torch.zeros((), device=world.device)
         for _ in range(config.gsim.auxiliary_updates):
             z, t, eps = draw_noise(config.batch, num_masked, tokens.shape[2], config.gsim.auxiliary_t_range, g, rows)
-            with autocast:
+            with autocast(config, world.device):
                 auxiliary_loss = matching.auxiliary_loss(context, z, t, eps)
             gradients = auxiliary_update.gradients(auxiliary_loss)
             auxiliary_norm = auxiliary_update.apply(auxiliary_loss, gradients, step, lr_factor)
         z, t, eps = draw_noise(config.batch, num_masked, tokens.shape[2], config.gsim.t_range, g, rows)
-        with autocast:
+        with autocast(config, world.device):
             student_loss, watched = matching.student_loss(context, z, t, eps)
         student_norm = student_update.apply(student_loss, student_update.gradients(student_loss), step, lr_factor)
         ema.update(student_part)
@@ -127,11 +136,11 @@ def distill(config: DistillConfig, teacher_folder: Path, out: Path, resume: bool
                 auxiliary_grad_norm=auxiliary_norm, lr=config.gsim.lr * lr_factor,
             )  # fmt: skip
             progress.show({name: row[name] for name in ("student_loss", "auxiliary_loss", "y")})
-        if run.is_due(config.save_every, done):
-            run.save(done)
-            if world.is_main:
-                matching.save_scores(out)
-                averaged().save(out)
+        if world.is_main and run.is_due(config.save_every, done):
+            matching.save_scores(out)
+            averaged().save(out)
         if world.is_main and run.is_due(config.sample_every, done):
             save_sample_grid(run, averaged(), done)
+        if run.is_due(config.save_every, done):
+            run.save(done)  # last: a killed run repeats what the checkpoint does not know
     return averaged().to(world.device)

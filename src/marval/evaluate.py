@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from marval import masking
 from marval.checkpoint import write_atomically, write_json
 from marval.config import to_dict
 from marval.data import image_grid, load_dataset, read_images, save_png
@@ -198,7 +199,7 @@ def evaluate(
     }  # fmt: skip
     if model.student is not None:
         protocol["head_steps"] = 1
-    return {**results, "protocol": protocol, "versions": versions()}
+    return {**results, "protocol": protocol, "versions": versions(model.device)}
 
 
 def evaluate_folder(
@@ -252,7 +253,14 @@ def save_images(
         raise ValueError(f"the number of images must be at least 1, got {num_images}")
     model = Pipeline.load(folder, world.device)
     model.require_images()
-    model.settings(**settings)
+    order = settings.get("order")
+    if order and "," in order:
+        try:
+            positions = torch.tensor([int(part) for part in order.split(",")])
+        except ValueError:
+            raise ValueError(f"--order {order!r} must be a name, or token positions separated by commas") from None
+        settings = settings | {"order": masking.check_order(positions, model.network.config.num_tokens)}
+    model.settings(**{name: value for name, value in settings.items() if not isinstance(value, Tensor)})
     asked: list[Any] = [part.strip() for part in classes.split(",") if part.strip()]
     if classes == "all":
         asked = list(range(len(model.class_names)))

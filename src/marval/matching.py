@@ -35,8 +35,8 @@ def copy_network(network: MAR, trained: str, guidance_input: bool) -> MAR:
     """
     device = network.fake_latent.device
     config = network.config
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
         head = DiffusionHead(config.token_dim, config.width, config.head_width, config.head_depth, guidance_input)
     head.load_state_dict({**head.state_dict(), **network.head.state_dict()})
     backbone = network if trained == "head" else copy.deepcopy(network).requires_grad_(True)

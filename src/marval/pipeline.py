@@ -109,15 +109,15 @@ class Pipeline:
     # ---- arguments
 
     def label(self, name: int | str | None) -> int:
-        """A class by index or name; None is "no class".
+        """A class by index or name (a string is a name first, then an index); None is "no class".
 
         Raises:
             ValueError: unknown class.
         """
         if name is None:
             return self.network.config.num_classes
-        if str(name) in self.class_names:
-            return self.class_names.index(str(name))
+        if isinstance(name, str) and name in self.class_names:
+            return self.class_names.index(name)
         try:
             index = int(name)
         except ValueError:
@@ -199,7 +199,7 @@ class Pipeline:
         parts = [(rows, to_uint8(self.tokenizer.decode(tokens)).cpu().numpy()) for rows, tokens in batches]
         return _in_order(parts)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def sample_tokens(
         self, classes: Sequence[int | str | None] | int | str | None = None, *, num_images: int | None = None,
         seed: int = 0, first_image: int = 0, batch_size: int = 64, order: str | Sequence[int] | Tensor | None = None,

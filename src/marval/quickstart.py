@@ -134,7 +134,7 @@ class Clock:
 
 def digit_classifier(folder: Path, arch: Any, seed: int, epochs: int) -> Classifier:
     """Train on the training split, or load what an interrupted run trained."""
-    if not (folder / "model.safetensors").exists():
+    if not (folder / "config.json").exists():  # written last
         train_split, held_out = load_dataset("digits", "train"), load_dataset("digits", "test")
         classifier, metrics = train_classifier(train_split, held_out, arch=arch, seed=seed, epochs=epochs)
         classifier.save(folder)
@@ -185,7 +185,8 @@ def measure(
         "protocol": (
             f"{config.num_images} images of each model, classes in turn, the same seeds for all; Frechet distance to "
             f"the {len(real)} training digits over the classifier's features (held-out features: those of the judge, "
-            "another architecture and seed, never trained on); accuracy: the share of images read as the asked class, "
+            "another architecture and seed, never trained on, but it chose the aligned model's update, on other "
+            "seeds); accuracy: the share of images read as the asked class, "
             "by the classifier and by the judge; reward: the classifier's mean log-probability of the asked class; "
             f"latency: median of {repeats} batches (batch 256: {max(1, repeats // 5)}) after a warm-up, the models in "
             f"turn, float32, whole images, teacher with {models['teacher'].sampling.head_steps} "
@@ -194,7 +195,7 @@ def measure(
         ),
         "stages": {"train": to_dict(config.train), "distill": to_dict(config.distill), "rl": to_dict(config.rl)},
     }
-    results["versions"] = versions()
+    results["versions"] = versions(models["teacher"].device)
     return results
 
 
@@ -225,7 +226,7 @@ def save_samples(config: QuickstartConfig, models: dict[str, Pipeline], file: Pa
 
 def save_pictures(arrays: dict[str, np.ndarray], out: Path) -> None:
     """samples.png: real, teacher, student, aligned side by side; unmasking.png: student images, a row per AR step."""
-    grids = [image_grid(arrays[name], columns=10, scale=3) for name in ("real", *STAGES)]
+    grids = [image_grid(arrays[name], columns=10, scale=3, pad=3) for name in ("real", *STAGES)]
     gap = np.full((len(grids[0]), 24, grids[0].shape[2]), 255, np.uint8)
     save_png(out / "samples.png", np.concatenate([part for grid in grids for part in (grid, gap)][:-1], axis=1))
     trace, visible = arrays["student_trace"], arrays["trace_visible"]

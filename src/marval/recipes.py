@@ -13,10 +13,10 @@ def digits_teacher() -> TrainConfig:
 
 
 def digits_student() -> DistillConfig:
-    """One-step student of the digits teacher: its head only, on the frozen backbone."""
+    """One-step student of the digits teacher, for every guidance scale in 1..3: its head, on the frozen backbone."""
     return DistillConfig(
-        steps=500, batch=64, ema=0.99, save_every=250, sample_every=250, student=StudentConfig(guidance=2.0),
-        gsim=GSIMConfig(lr=2e-4, auxiliary_lr=4e-4),
+        steps=600, batch=64, ema=0.99, save_every=200, sample_every=300,
+        student=StudentConfig(guidance=2.0, guidance_range=(1.0, 3.0)), gsim=GSIMConfig(lr=2e-4, auxiliary_lr=4e-4),
     )  # fmt: skip
 
 
@@ -24,8 +24,7 @@ def digits_aligned() -> RLConfig:
     """The digits student after RL on a classifier's log-probability of the asked digit."""
     return RLConfig(
         steps=60, batch=64, ema=0.9, save_every=20, sample_every=60, eval_every=20, log_every=5,
-        checkpoint_ar_steps=False,
-        gsim=GSIMConfig(lr=1e-4, auxiliary_lr=2e-4),
+        checkpoint_ar_steps=False, gsim=GSIMConfig(lr=1e-4, auxiliary_lr=2e-4),
     )  # fmt: skip
 
 

@@ -138,7 +138,7 @@ def load_reward(
 
 
 def score(reward: Reward, images: Tensor, prompts: list[str]) -> Tensor:
-    """Rewards (B,) float32 of a batch, with their graph.
+    """Rewards (B,) float32 of a batch, on its device, with their graph.
 
     Raises:
         ValueError: the result is not a finite floating-point tensor of shape (B,).
@@ -152,7 +152,7 @@ def score(reward: Reward, images: Tensor, prompts: list[str]) -> Tensor:
     if not rewards.isfinite().all():
         bad = int((~rewards.isfinite()).nonzero()[0])
         raise ValueError(f"the reward of image {bad} ({prompts[bad]!r}) is {rewards[bad].item()}: it must be finite")
-    return rewards.float()
+    return rewards.to(images.device, torch.float32)
 
 
 def check_reward(reward: Reward, images: Tensor, prompts: list[str]) -> Tensor:

@@ -24,7 +24,7 @@ from marval.models.classifier import Classifier
 from marval.models.mar import MAR
 from marval.pipeline import Pipeline
 from marval.rewards import Reward, check_reward, class_prompts, load_reward, score
-from marval.run import Run, Update
+from marval.run import Run, Update, autocast
 from marval.sampling import gather_tokens, last, student_tokens, unmask
 from marval.tokenizers import to_float
 from marval.train import save_sample_grid
@@ -76,13 +76,14 @@ class RewardGradient:
 
     def rollout(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Images (B, C, H, W) and their tokens, both detached; keeps the graph of the rewards."""
-        tokens = last(
-            unmask(
-                self.model.network, self.model.draw(self.model.sampling), batch.labels, batch.orders, self.counts,
-                batch.z, guidance=batch.w, grad_ar_steps=self.config.grad_ar_steps,
-                checkpoint_ar_steps=self.config.checkpoint_ar_steps,
-            )
-        )  # fmt: skip
+        with autocast(self.config, batch.z.device):
+            tokens = last(
+                unmask(
+                    self.model.network, self.model.draw(self.model.sampling), batch.labels, batch.orders, self.counts,
+                    batch.z, guidance=batch.w, grad_ar_steps=self.config.grad_ar_steps,
+                    checkpoint_ar_steps=self.config.checkpoint_ar_steps,
+                )
+            )  # fmt: skip
         images = self.model.tokenizer.decode(tokens.float())
         self.rewards = score(self.reward, images, batch.prompts)
         return images.detach(), tokens.detach()
@@ -114,9 +115,11 @@ class GroupGradient:
         for masked, masked_after in itertools.pairwise(self.counts):
             visible = batch.orders[:, : length - masked].sort(dim=1).values
             target = batch.orders[:, length - masked : length - masked_after]
-            condition = gather_tokens(network.condition(self.bound(actions), visible, batch.labels), target)
             z, t_init = gather_tokens(batch.z, target), self.model.student.t_init
-            yield target, student_tokens(network.head, self.model.schedule, t_init, condition, z, batch.w)
+            with autocast(self.config, z.device):
+                condition = gather_tokens(network.condition(self.bound(actions), visible, batch.labels), target)
+                mean = student_tokens(network.head, self.model.schedule, t_init, condition, z, batch.w)
+            yield target, mean
 
     @torch.no_grad()
     def rollout(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -203,7 +206,7 @@ def rl(config: RLConfig, student_folder: Path, out: Path, resume: bool = False) 
 
     part = own_part(student, base.network)
     optimizer = torch.optim.Adam(part.parameters(), config.gsim.lr, betas=(0.0, 0.999), fused=True)
-    update = Update("student", part.parameters(), optimizer, config.clip_grad, world)
+    update = Update("student", part, optimizer, config.clip_grad, world)
     ema = EMA(part, config.ema)
     stateful: dict[str, Any] = {"student": part, "optimizer": optimizer, "ema": ema}
     matching = auxiliary_update = None
@@ -214,15 +217,14 @@ def rl(config: RLConfig, student_folder: Path, out: Path, resume: bool = False) 
         auxiliary_optimizer = torch.optim.Adam(
             auxiliary_part.parameters(), config.gsim.auxiliary_lr, betas=(0.0, 0.999), fused=True
         )
-        auxiliary_update = Update(
-            "auxiliary", auxiliary_part.parameters(), auxiliary_optimizer, config.clip_grad, world
-        )
+        auxiliary_update = Update("auxiliary", auxiliary_part, auxiliary_optimizer, config.clip_grad, world)
         stateful |= {"auxiliary": auxiliary_part, "auxiliary_optimizer": auxiliary_optimizer}
     if config.algorithm == "gradient":
         algorithm = RewardGradient(model, reward, config)
     else:
         algorithm = GroupGradient(model, reward, config, base.network)
-    run = Run(out, "rl", config, resume, world)
+    folders = {"student": str(student_folder), "classifier": config.classifier, "judge": config.judge}
+    run = Run(out, "rl", config, resume, world, {name: Path(path) for name, path in folders.items() if path})
     best: dict[str, Any] = {"score": -float("inf"), "step": 0, "misses": 0, "weights": None}
     start = run.restore(stateful, best)
 
@@ -266,18 +268,19 @@ def rl(config: RLConfig, student_folder: Path, out: Path, resume: bool = False) 
         masked_count = masking.inference_masked_count(length, config.ar_steps, float(torch.rand((), generator=host)))
 
         # ---- roll out and score whole images
-        with torch.autocast(world.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-            images, tokens = algorithm.rollout(batch)
+        images, tokens = algorithm.rollout(batch)
         watched = {"reward": algorithm.rewards.detach().mean()} | image_statistics(images)
 
         # ---- anchor: GSIM towards the teacher, at a state that the rollout passed through
         context = None
         if matching is not None and auxiliary_update is not None:
             visible, masked = orders.tensor_split([length - masked_count], dim=1)
-            context = matching.context(tokens, visible.sort(dim=1).values, masked, labels, w)
+            with autocast(config, world.device):
+                context = matching.context(tokens, visible.sort(dim=1).values, masked, labels, w)
             for _ in range(config.gsim.auxiliary_updates):
                 noise = draw_noise(config.batch, masked_count, dim, config.gsim.auxiliary_t_range, g, rows)
-                auxiliary_loss = matching.auxiliary_loss(context, *noise)
+                with autocast(config, world.device):
+                    auxiliary_loss = matching.auxiliary_loss(context, *noise)
                 auxiliary_update.apply(auxiliary_loss, auxiliary_update.gradients(auxiliary_loss), step)
 
         # ---- update the student
@@ -285,7 +288,8 @@ def rl(config: RLConfig, student_folder: Path, out: Path, resume: bool = False) 
             gradients = algorithm.gradients(update)
             if matching is not None and context is not None:
                 noise = draw_noise(config.batch, masked_count, dim, config.gsim.t_range, g, rows)
-                anchor_loss, anchor_watched = matching.student_loss(context, *noise)
+                with autocast(config, world.device):
+                    anchor_loss, anchor_watched = matching.student_loss(context, *noise)
                 gradients = add(gradients, update.gradients(config.anchor * anchor_loss))
                 watched |= {"y": anchor_watched["y"]}
             watched |= {"grad_norm": update.apply(-watched["reward"], gradients, step)}
@@ -299,14 +303,15 @@ def rl(config: RLConfig, student_folder: Path, out: Path, resume: bool = False) 
         if run.is_due(config.eval_every, done):
             evaluate(done)
         stop = config.patience > 0 and best["misses"] >= config.patience
-        if run.is_due(config.save_every, done) or stop:
-            run.save(done)
-            if world.is_main:
-                if matching is not None:
-                    matching.save_scores(out)
-                averaged(best["weights"]).save(out)
+        save = stop or run.is_due(config.save_every, done)
+        if world.is_main and save:
+            if matching is not None:
+                matching.save_scores(out)
+            averaged(best["weights"]).save(out)
         if world.is_main and run.is_due(config.sample_every, done):
             save_sample_grid(run, averaged(), done)
+        if save:
+            run.save(done)  # last: a killed run repeats what the checkpoint does not know
         if stop:
             progress.stop(f"stopped: no better held-out score since update {best['step']}")
             break

@@ -8,12 +8,13 @@ samples/step-000500.png          sample grids
 """
 
 import contextlib
+import hashlib
 import json
 import math
 import platform
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -34,7 +35,7 @@ class Stateful(Protocol):
     def load_state_dict(self, state: Any, /) -> Any: ...
 
 
-def versions() -> dict[str, Any]:
+def versions(device: torch.device) -> dict[str, Any]:
     """What a number was measured with."""
     return {
         "marval": __version__,
@@ -42,7 +43,7 @@ def versions() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(terse=True),
         "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
     }
 
 
@@ -80,16 +81,24 @@ class Run:
     """One run in one folder.
 
     Args:
-        verb: train, distill or rl. stateful: name -> object, saved and restored together.
+        verb: train, distill or rl.
+        inputs: model folders that the run starts from, by the name of their flag: a resume must find the same weights,
+            wherever they lie.
 
     Raises:
         ValueError: the folder holds another run, or a run and ``resume`` was not asked for; or it is not writable.
     """
 
-    def __init__(self, out: Path, verb: str, config: RunConfig, resume: bool, world: World):
+    def __init__(
+        self, out: Path, verb: str, config: RunConfig, resume: bool, world: World, inputs: dict[str, Path] | None = None
+    ):
         self.out, self.config, self.world, self.verb = out, config, world, verb
         self.metrics_file = out / "metrics.jsonl"
         settings = json.loads(json.dumps(to_dict(config)))
+        for name, folder in (inputs or {}).items():
+            with open(folder / "model.safetensors", "rb") as file:
+                settings[name] = f"sha256 {hashlib.file_digest(file, 'sha256').hexdigest()[:16]}"
+        self.settings = settings
         if resume and (out / "meta.json").exists():
             before = read_json(out / "meta.json")
             if before["verb"] != verb:
@@ -110,7 +119,7 @@ class Run:
         world.barrier()
 
     def _write_meta(self, step: int) -> None:
-        meta = {"verb": self.verb, "step": step, "config": to_dict(self.config), "versions": versions()}
+        meta = {"verb": self.verb, "step": step, "config": self.settings, "versions": versions(self.world.device)}
         write_json(self.out / "meta.json", {**meta, "saved": time.strftime("%Y-%m-%d %H:%M:%S")})
 
     def restore(self, stateful: dict[str, Stateful], extra: dict[str, Any]) -> int:
@@ -181,6 +190,11 @@ class Progress:
         self.bar.set_postfix({name: f"{value:.3g}" for name, value in values.items()}, refresh=False)
 
 
+def autocast(config: RunConfig, device: torch.device) -> torch.autocast:
+    """The run's precision: bfloat16 matrix products, or nothing."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
+
+
 def warmup_then_cosine(step: int, steps: int, warmup: int, decay: bool) -> float:
     """Factor of the learning rate: linear warm-up, then constant or cosine to zero at the last update."""
     if step < warmup:
@@ -194,9 +208,9 @@ class Update:
     ``torch.autograd.grad`` leaves every other network that the loss passes through without gradients.
     """
 
-    def __init__(self, name: str, parameters: Iterable[nn.Parameter], optimizer: torch.optim.Optimizer,
-                 clip_grad: float, world: World):  # fmt: skip
-        self.name, self.parameters, self.optimizer = name, list(parameters), optimizer
+    def __init__(self, name: str, module: nn.Module, optimizer: torch.optim.Optimizer, clip_grad: float, world: World):
+        self.name, self.module, self.optimizer = name, module, optimizer
+        self.parameters = list(module.parameters())
         self.clip_grad, self.world = clip_grad, world
         self.base_lr = [group["lr"] for group in optimizer.param_groups]
 
@@ -213,7 +227,11 @@ class Update:
         self.world.average(gradients)
         norm = nn.utils.get_total_norm(gradients)
         if not torch.isfinite(norm + loss.detach()):
-            what = "loss" if not torch.isfinite(loss) else "gradient"
+            what = "loss"
+            for (name, _), gradient in zip(self.module.named_parameters(), gradients, strict=True):
+                if not gradient.isfinite().all():
+                    what = f"gradient of {name}"
+                    break
             raise FloatingPointError(f"step {step}: the {what} of the {self.name} is not finite; last checkpoint kept")
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
             parameter.grad = gradient

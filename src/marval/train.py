@@ -14,7 +14,7 @@ from marval.distributed import connect
 from marval.ema import EMA
 from marval.models.mar import MAR
 from marval.pipeline import Pipeline
-from marval.run import Run, Update, warmup_then_cosine
+from marval.run import Run, Update, autocast, warmup_then_cosine
 from marval.sampling import gather_tokens
 from marval.tokenizers import PixelTokenizer, to_float
 
@@ -23,8 +23,8 @@ def build_teacher(config: TrainConfig, image_shape: tuple[int, ...], class_names
     """A freshly initialised teacher for images (H, W, C)."""
     tokenizer = PixelTokenizer(image_size=image_shape[0], channels=image_shape[2], patch_size=config.patch_size)
     sizes = {"grid": tokenizer.grid, "token_dim": tokenizer.token_dim, "num_classes": len(class_names)}
-    with torch.random.fork_rng():
-        torch.manual_seed(config.seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(config.seed)
         network = MAR(dataclasses.replace(config.model, **sizes))
     return Pipeline(network, tokenizer, class_names, config.sampling)
 
@@ -61,7 +61,7 @@ def train(config: TrainConfig, out: Path, resume: bool = False) -> Pipeline:
         [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
         lr=config.lr, betas=(0.9, 0.95), fused=True,
     )  # fmt: skip
-    update = Update("teacher", network.parameters(), optimizer, config.clip_grad, world)
+    update = Update("teacher", network, optimizer, config.clip_grad, world)
     ema = EMA(network, config.ema)
     run = Run(out, "train", config, resume, world)
     start = run.restore({"network": network, "ema": ema, "optimizer": optimizer}, {})
@@ -93,7 +93,7 @@ def train(config: TrainConfig, out: Path, resume: bool = False) -> Pipeline:
         # ---- update
         network.train()
         tokens = tokenizer.encode(pixels)
-        with torch.autocast(world.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+        with autocast(config, world.device):
             condition = gather_tokens(network.condition(tokens, visible, label), masked)
             x0 = gather_tokens(tokens, masked).unsqueeze(2).expand_as(eps)
             x_t = q_sample(schedule, x0, t, eps)
@@ -110,10 +110,10 @@ def train(config: TrainConfig, out: Path, resume: bool = False) -> Pipeline:
             means = world.mean(torch.stack([loss.detach(), mse.detach().mean(), vb.detach().mean()])).tolist()
             values = dict(zip(("loss", "mse", "vb"), means, strict=True))
             progress.show(run.log(done, **values, grad_norm=grad_norm, lr=config.lr * lr_factor))
-        if run.is_due(config.save_every, done):
-            run.save(done)
-            if world.is_main:
-                averaged().save(out)
+        if world.is_main and run.is_due(config.save_every, done):
+            averaged().save(out)
         if world.is_main and run.is_due(config.sample_every, done):
             save_sample_grid(run, averaged(), done)
+        if run.is_due(config.save_every, done):
+            run.save(done)  # last: a killed run repeats what the checkpoint does not know
     return averaged().to(world.device)
