@@ -167,3 +167,14 @@ def test_bad_sizes_are_named():
         name, value = next(iter(changes.items()))
         with pytest.raises(ValueError, match=f"model.{name}.*{value}"):
             MARConfig(**{**vars(tiny.MODEL), **changes})
+
+
+def test_the_same_seed_gives_the_same_bits_with_threads(tmp_path: Path):
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        runs = [train(dataclasses.replace(SHORT, steps=60, batch=64), tmp_path / name) for name in ("a", "b")]
+    finally:
+        torch.set_num_threads(before)
+    first, second = (run.network.state_dict() for run in runs)
+    assert all(torch.equal(first[name], second[name]) for name in first)

@@ -123,12 +123,9 @@ class MAR(nn.Module):
         buffer = self.config.buffer_size
         seen = tokens.gather(1, visible[..., None].expand(-1, -1, tokens.shape[-1]))
         position = self.encoder_pos_embed_learned
+        positions_seen = F.embedding(visible, position[0, buffer:])  # [visible] would have a nondeterministic gradient
         x = torch.cat(
-            [
-                self.class_embedding(labels)[:, None] + position[:, :buffer],
-                self.z_proj(seen) + position[0, buffer:][visible],
-            ],
-            dim=1,
+            [self.class_embedding(labels)[:, None] + position[:, :buffer], self.z_proj(seen) + positions_seen], dim=1
         )
         return self.encoder_norm(self._blocks(self.encoder_blocks, self.z_proj_ln(x)))
 
