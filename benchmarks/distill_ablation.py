@@ -61,10 +61,16 @@ def main(run: Path, out: Path) -> None:
         )
         print({k: round(v, 3) if isinstance(v, float) else v for k, v in rows[-1].items()}, flush=True)
         protocol = {"updates": BASE.steps, "batch": BASE.batch, "num_images": NUM_IMAGES, "seed_of_images": SEED}
-        write_json(out, {"rows": rows, "protocol": protocol, "versions": versions(), "date": time.strftime("%Y-%m-%d")})
+        write_json(
+            out,
+            {
+                "rows": rows,
+                "protocol": protocol,
+                "versions": versions(teacher.device),
+                "date": time.strftime("%Y-%m-%d"),
+            },
+        )
 
-    for head_steps in (25, 4):
-        add(f"teacher, {head_steps} steps", teacher, head_steps=head_steps)
     add("one step, untrained", make_student(teacher, BASE))
     for seed, names in ((0, list(VARIANTS)), (1, list(VARIANTS)[:4])):
         for name in names:
@@ -79,6 +85,8 @@ def main(run: Path, out: Path) -> None:
                 else:
                     for guidance in (1.0, GUIDANCE, 3.0):
                         add(f"{name}: at {guidance}", student, seconds, seed, guidance=guidance)
+    for head_steps in (100, 25, 4):
+        add(f"teacher, {head_steps} steps", teacher, head_steps=head_steps)
 
 
 if __name__ == "__main__":
