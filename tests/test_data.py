@@ -1,5 +1,6 @@
 """Data sets from real files, bad files, batches and shifts."""
 
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from marval.data import batch_indices, image_grid, load_dataset, random_shift, read_images, save_png
+from marval import data as data_module
+from marval import imagenet
+from marval.data import (
+    batch_indices,
+    image_grid,
+    load_data,
+    load_dataset,
+    prefetch,
+    random_shift,
+    read_images,
+    save_png,
+)
+from marval.images import LazyImages
 from marval.rng import generator
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -100,6 +113,92 @@ def test_folder_with_splits_of_its_own(tmp_path: Path, held_out: str):
         load_dataset(str(tmp_path))
 
 
+def test_nested_folders(folder: Path):
+    (folder / "a" / "more" / "deep").mkdir(parents=True)
+    (folder / "a" / ".cache").mkdir()
+    save_png(folder / "a" / "more" / "deep" / "x.png", picture(77))
+    save_png(folder / "a" / ".cache" / "x.png", picture(88))
+    everything = load_dataset(str(folder), "all")
+    assert everything.images[everything.labels == 0][:, 0, 0, 0].tolist() == [0, 1, 2, 3, 4, 5, 6, 77]
+
+
+def test_imagenet_classes(folder: Path):
+    with pytest.raises(ValueError, match=r"class 'a' of .*images is not one of ImageNet's 1,000"):
+        load_data(str(folder), classes="imagenet")
+    (folder / "a").rename(folder / "n01484850")
+    (folder / "b").rename(folder / "n01440764")
+    found = load_data(str(folder), "test", classes="imagenet")
+    assert found.labels.tolist() == [0, 0, 2, 2]
+    assert found.class_names == imagenet.names()
+
+
+def test_large_folders_are_read_when_needed(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    save_png(folder / "a" / "1.png", picture(7, size=(12, 9), channels=1))
+    whole = load_data(str(folder), image_size=8)
+    assert isinstance(whole.images, np.ndarray)
+    monkeypatch.setattr(data_module, "IN_MEMORY", len(whole) * 8 * 8 * 3 - 1)
+    lazy = load_data(str(folder), image_size=8)
+    assert isinstance(lazy.images, LazyImages)
+    assert (lazy.images.shape, len(lazy)) == (whole.images.shape, len(whole))
+    assert lazy.class_names == whole.class_names
+    np.testing.assert_array_equal(lazy.labels, whole.labels)
+    index = np.array([3, 0, 9, 3])
+    np.testing.assert_array_equal(lazy.images[index], whole.images[index])
+    with pytest.raises(ValueError, match=r"holds 10 images, too many to compare .*: choose an --image-size"):
+        load_data(str(folder))
+    (folder / "b" / "1.png").write_text("no image")
+    with pytest.raises(ValueError, match=r"1.png cannot be read as an image"):
+        lazy.images[np.arange(10)]
+
+
+def test_prefetch_reads_one_step_ahead():
+    started, release = [], threading.Event()
+
+    def read(step: int) -> int:
+        started.append((step, threading.current_thread()))
+        release.wait(10)
+        return step * step
+
+    steps = prefetch(read, range(5, 9))
+    release.set()
+    assert next(steps) == 25
+    release.clear()
+    assert next_started(started, 2) == [5, 6]
+    release.set()
+    assert next(steps) == 36
+    steps.close()
+    assert len(started) in (2, 3)  # the third may be on its way, the fourth is not
+    assert all(thread is not threading.current_thread() for _, thread in started)
+    assert not any(thread.is_alive() for _, thread in started)
+    assert list(prefetch(read, range(4))) == [0, 1, 4, 9]
+    assert list(prefetch(read, [])) == []
+
+
+def next_started(started: list, count: int) -> list[int]:
+    """The steps begun so far, once there are so many."""
+    for _ in range(1000):
+        if len(started) >= count:
+            break
+        threading.Event().wait(0.01)
+    return [step for step, _ in started]
+
+
+def test_prefetch_raises_in_turn():
+    def read(step: int) -> int:
+        if step == 2:
+            raise ValueError("file 2 is bad")
+        return step
+
+    seen = []
+    with pytest.raises(ValueError, match="file 2 is bad"):
+        seen.extend(prefetch(read, range(5)))
+    got = prefetch(read, range(5))
+    assert [next(got), next(got)] == [0, 1]
+    with pytest.raises(ValueError, match="file 2 is bad"):
+        next(got)
+    assert [thread for thread in threading.enumerate() if thread.name.startswith("marval-prefetch")] == []
+
+
 def test_channels_and_image_size(folder: Path, tmp_path: Path):
     save_png(folder / "a" / "1.png", picture(7, channels=1))
     assert load_dataset(str(folder)).images.shape == (10, 8, 8, 3)
@@ -117,6 +216,22 @@ def test_every_kind_of_file(tmp_path: Path):
     images = load_dataset(str(tmp_path), "all").images
     assert images.shape == (6, 8, 8, 3)
     assert abs(images.astype(int) - 80).max() <= 2
+
+
+def test_opaque_alpha_is_dropped(tmp_path: Path):
+    (tmp_path / "a").mkdir()
+    Image.fromarray(picture(80)).convert("RGBA").save(tmp_path / "a" / "0.png")
+    Image.fromarray(picture(90)[..., 0]).convert("LA").save(tmp_path / "a" / "1.png")
+    assert load_dataset(str(tmp_path), "all").images[:, 0, 0].tolist() == [[80] * 3, [90] * 3]
+
+
+def test_damaged_exif_is_no_damaged_image(tmp_path: Path):
+    """As in a few of ImageNet's photographs; Pillow warns, the pixels are whole."""
+    (tmp_path / "a").mkdir()
+    exif = b"Exif\0\0MM\0*\0\0\0\x08\0\x02\x01\x1a\0\x05\0\0\0\x01\0\0\xff\0"
+    Image.fromarray(picture(80)).save(tmp_path / "a" / "0.jpg", exif=exif)
+    with pytest.warns(UserWarning, match=r"EXIF|Truncated File Read"):
+        assert abs(load_dataset(str(tmp_path), "all").images.astype(int) - 80).max() <= 2
 
 
 def truncate(path: Path, suffix: str) -> None:

@@ -1,38 +1,47 @@
-"""Images from the embedded digits or from folders, validated up front; batches, shifts, and image files."""
+"""Images from the embedded digits or from folders, or latents of them; batches and shifts."""
 
 import functools
-import io
-import warnings
+import itertools
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Literal
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from marval.checkpoint import write_atomically
+from marval.images import SUFFIXES, LazyImages, center_crop, images_below, open_image, read_equal
+from marval.images import image_grid as image_grid  # these three are imported from here too
+from marval.images import read_images as read_images
+from marval.images import save_png as save_png
+from marval.latents import Classes, LatentDataset, Split, class_labels, holds_latents, load_latents
 from marval.rng import generator
+from marval.tokenizers import PixelTokenizer, Tokenizer, to_float
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 HOLD_OUT = 5
 """Every fifth image, from the first, is held out as the test split."""
+IN_MEMORY = 1 << 30
+"""Bytes of decoded images up to which `load_data` keeps a folder in memory."""
 _ORDER_KEY = 0xDA7A  # sets the stream of epoch orders apart from every other use of (seed, n)
-Split = Literal["train", "test", "all"]
+
+
+Images = TypeVar("Images", bound=np.ndarray | LazyImages)
 
 
 @dataclass(frozen=True)
-class ImageDataset:
-    """Labelled images in memory.
+class ImageDataset(Generic[Images]):
+    """Labelled images, in memory or read from their files.
 
     Attributes:
-        images: uint8 NHWC, C is 1 or 3. labels: int64 (N,). class_names: one per class.
+        images: uint8 NHWC, C is 1 or 3, indexed by an int array. labels: int64 (N,). class_names: one per class.
         source, licence: where the images are from, and their terms.
     """
 
-    images: np.ndarray
+    images: Images
     labels: np.ndarray
     class_names: list[str]
     source: str
@@ -42,27 +51,68 @@ class ImageDataset:
         return len(self.images)
 
 
-def load_dataset(source: str, split: Split = "train", image_size: int | None = None) -> ImageDataset:
-    """Read and validate every image of a split.
+def load_dataset(
+    source: str, split: Split = "train", image_size: int | None = None, classes: Classes = "folders"
+) -> ImageDataset[np.ndarray]:
+    """Read and validate every image of a split; all are kept in memory.
 
     A folder is split by its sub-folders train/ and test/ (or val/) if these hold class folders; otherwise the
-    images of each class, sorted by name, are held out where index % 5 == 0 (a single image is kept for training).
+    images of each class, sorted by path, are held out where index % 5 == 0 (a single image is kept for training).
 
     Args:
-        source: ``digits`` (embedded), or a folder with one sub-folder of images per class (classes sorted by name).
+        source: ``digits`` (embedded), or a folder with one sub-folder per class (sorted by name), images anywhere
+            below it.
         image_size: centre-crop to squares of this size; None if all images already are squares of one size.
+        classes: the sub-folders, or ImageNet's 1,000, of which the sub-folders are named by WordNet id.
 
     Raises:
         ValueError: no such data, no or empty classes, an unreadable or unsuitable image; names file and remedy.
     """
+    _check(split, image_size)
+    if source == "digits":
+        return _digits(split, image_size, classes)
+    paths, labels, names = _labelled_files(Path(source), split, classes)
+    return ImageDataset(read_equal(paths, image_size, squares=True), labels, names, source, "not stated")
+
+
+def load_data(
+    source: str, split: Split = "train", image_size: int | None = None, classes: Classes = "folders"
+) -> ImageDataset | LatentDataset:
+    """`load_dataset`, or latents of `marval encode` (`load_latents`), without filling the memory.
+
+    A folder of more than 1 GiB of decoded images is read batch by batch: names, classes and the first image are
+    checked now, a bad file is named when its turn comes. It needs an ``image_size``.
+
+    Raises:
+        ValueError: as `load_dataset` and `load_latents`; an image size that is not the latents'.
+    """
+    _check(split, image_size)
+    root = Path(source)
+    if source != "digits" and holds_latents(root):
+        latents = load_latents(root, split, classes)
+        if image_size not in (None, latents.image_size):
+            raise ValueError(f"{root} holds latents of {latents.image_size} px images: leave --image-size out")
+        return latents
+    if source == "digits" or not root.is_dir():
+        return load_dataset(source, split, image_size, classes)
+    paths, labels, names = _labelled_files(root, split, classes)
+    side = image_size or min(open_image(paths[0]).size)
+    if len(paths) * side * side * 3 <= IN_MEMORY:
+        return ImageDataset(read_equal(paths, image_size, squares=True), labels, names, source, "not stated")
+    if image_size is None:
+        raise ValueError(f"{root} holds {len(paths)} images, too many to compare their sizes: choose an --image-size")
+    images = LazyImages(paths, image_size)
+    return ImageDataset(images, labels, names, source, "not stated")
+
+
+def _check(split: str, image_size: int | None) -> None:
     if split not in ("train", "test", "all"):
         raise ValueError(f"unknown split {split!r}: choose train, test or all")
     if image_size is not None and image_size < 1:
         raise ValueError(f"image size must be at least 1, got {image_size}")
-    return _digits(split, image_size) if source == "digits" else _folder(Path(source), split, image_size)
 
 
-def _digits(split: Split, image_size: int | None) -> ImageDataset:
+def _digits(split: Split, image_size: int | None, classes: Classes) -> ImageDataset[np.ndarray]:
     with resources.files("marval").joinpath("assets/digits.npz").open("rb") as file:
         arrays = np.load(file)
         images, labels = arrays["x"], arrays["label"].astype(np.int64)
@@ -73,29 +123,34 @@ def _digits(split: Split, image_size: int | None) -> ImageDataset:
         crops = [center_crop(Image.fromarray(image[..., 0]), image_size) for image in images]
         images = np.stack([np.asarray(crop) for crop in crops])[..., None]
     source = "UCI Optical Recognition of Handwritten Digits, test part"
-    return ImageDataset(images, labels[keep], [str(c) for c in range(10)], source, "CC BY 4.0")
+    labels, names = class_labels(labels[keep], [str(c) for c in range(10)], classes, "digits")
+    return ImageDataset(images, labels, names, source, "CC BY 4.0")
 
 
-def _folder(root: Path, split: Split, image_size: int | None) -> ImageDataset:
+def _labelled_files(root: Path, split: Split, classes: Classes) -> tuple[list[str], np.ndarray, list[str]]:
+    """Image files of a split, their labels and the names of the classes."""
     if not root.is_dir():
         problem = "is a file" if root.exists() else "does not exist"
         raise ValueError(f"data {str(root)!r} {problem}: give digits, or a folder with one sub-folder per class")
-    held_out = next((root / name for name in ("test", "val") if _subfolders(root / name)), None)
-    if held_out is not None and _subfolders(root / "train"):
-        files = _class_files(root / "train")
-        test = _class_files(held_out)
+    if (folders := split_folders(root)) is not None:
+        files, test = map(class_files, folders)
         if odd := sorted(set(files) ^ set(test)):
-            raise ValueError(f"class {odd[0]!r} is not in both {root / 'train'} and {held_out}: make the classes equal")
+            raise ValueError(f"class {odd[0]!r} is not in both {folders[0]} and {folders[1]}: make the classes equal")
         if split != "train":
             files = {name: (files[name] if split == "all" else []) + test[name] for name in files}
     else:
-        files = {name: _split(paths, split) for name, paths in _class_files(root).items()}
-    paths = [path for group in files.values() for path in group]
+        files = {name: _split(paths, split) for name, paths in class_files(root).items()}
+    paths = list(itertools.chain.from_iterable(files.values()))
     if not paths:
         raise ValueError(f"the {split} split of {root} is empty: every class has one image only; add images")
     labels = np.repeat(np.arange(len(files)), [len(group) for group in files.values()]).astype(np.int64)
-    images = _read_equal(paths, image_size, square=True)
-    return ImageDataset(images, labels, list(files), str(root), "not stated")
+    return paths, *class_labels(labels, list(files), classes, root)
+
+
+def split_folders(root: Path) -> tuple[Path, Path] | None:
+    """The sub-folders train/ and test/ (or val/) if both hold class folders."""
+    held_out = next((root / name for name in ("test", "val") if _subfolders(root / name)), None)
+    return (root / "train", held_out) if held_out is not None and _subfolders(root / "train") else None
 
 
 def _subfolders(folder: Path) -> list[Path]:
@@ -105,80 +160,26 @@ def _subfolders(folder: Path) -> list[Path]:
     return sorted((p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")), key=lambda p: p.name)
 
 
-def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
+def class_files(root: Path) -> dict[str, list[str]]:
+    """Class name -> paths of its images, both sorted; at least one class, and one image of each.
 
-
-def _class_files(root: Path) -> dict[str, list[Path]]:
-    """Class name -> its images, both sorted by name; at least one class, and one image of each."""
+    Raises:
+        ValueError: no class folders, or an empty one.
+    """
     classes = _subfolders(root)
     if not classes:
         raise ValueError(f"{root} has no class folders: put the images of each class into a sub-folder of its own")
-    files = {c.name: sorted(filter(_is_image, c.iterdir()), key=lambda p: p.name) for c in classes}
+    files = {folder.name: images_below(folder) for folder in classes}
     for folder in classes:
         if not files[folder.name]:
             raise ValueError(f"class folder {folder} has no images ({' '.join(SUFFIXES)}): add some, or remove it")
     return files
 
 
-def _split(paths: list[Path], split: Split) -> list[Path]:
+def _split(paths: list[str], split: Split) -> list[str]:
     if split == "all" or len(paths) == 1:
         return [] if split == "test" else paths
     return [path for i, path in enumerate(paths) if (i % HOLD_OUT == 0) == (split == "test")]
-
-
-def center_crop(image: Image.Image, size: int) -> Image.Image:
-    """The central square at ``size`` pixels: halved by boxes, then bicubic, as ADM and MAR preprocess ImageNet."""
-    while min(image.size) >= 2 * size:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = size / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return image.crop((left, top, left + size, top + size))
-
-
-def _open(path: Path) -> Image.Image:
-    """A decoded image of mode L or RGB with 8 bits per channel."""
-    try:
-        data = path.read_bytes()
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            image = Image.open(io.BytesIO(data))
-            image.load()
-    except Exception as error:  # decoders raise OSError, SyntaxError, zlib.error, struct.error, ...
-        reason = f"{error or type(error).__name__}".splitlines()[0]
-        raise ValueError(f"{path} cannot be read as an image ({reason}): replace or remove it") from None
-    if image.mode.startswith(("I", "F")) or (image.format == "PNG" and data[24] == 16):
-        raise ValueError(f"{path} has more than 8 bits per channel: save it with 8 bits")
-    if "A" in image.mode or "a" in image.mode or ("transparency" in image.info and image.mode != "P"):
-        raise ValueError(f"{path} has transparency: flatten it onto a background and save it as RGB")
-    if image.mode == "CMYK":
-        return image.convert("RGB")
-    if image.mode not in ("L", "RGB"):
-        kind = {"P": "a palette image", "1": "a black-and-white image"}.get(
-            image.mode, f"an image of mode {image.mode}"
-        )
-        raise ValueError(f"{path} is {kind}: convert it to RGB, or to 8-bit grey")
-    return image
-
-
-def _read_equal(paths: list[Path], image_size: int | None, square: bool) -> np.ndarray:
-    """Images as one uint8 NHWC array: C = 1 if all are grey, else 3."""
-    arrays: list[np.ndarray] = []
-    for path in paths:
-        image = _open(path)
-        if image_size is not None:
-            image = center_crop(image, image_size)
-        elif square and image.width != image.height:
-            raise ValueError(f"{path} is {image.width}x{image.height}, not square: choose an --image-size")
-        array = np.atleast_3d(np.asarray(image))
-        if arrays and array.shape[:2] != arrays[0].shape[:2]:
-            (height, width), first = array.shape[:2], f"{arrays[0].shape[1]}x{arrays[0].shape[0]}"
-            remedy = "choose an --image-size" if square else "make all images equal in size"
-            raise ValueError(f"{path} is {width}x{height}, but {paths[0]} is {first}: {remedy}")
-        arrays.append(array)
-    channels = max(array.shape[2] for array in arrays)
-    return np.stack([np.broadcast_to(array, (*array.shape[:2], channels)) for array in arrays])
 
 
 @functools.lru_cache(maxsize=2)
@@ -203,8 +204,16 @@ def batch_indices(num_images: int, batch: int, step: int, seed: int) -> np.ndarr
 
 def random_shift(images: Tensor, shift: int, generator: torch.Generator) -> Tensor:
     """Translate each image (NCHW) by -shift .. shift whole pixels in y and x; borders are replicated."""
+    return _translate(images, _offsets(len(images), shift, generator))
+
+
+def _offsets(count: int, shift: int, generator: torch.Generator) -> Tensor:
+    """-shift .. shift in y and in x for each image, (2, B, 1)."""
+    return torch.randint(-shift, shift + 1, (2, count, 1), generator=generator, device=generator.device)
+
+
+def _translate(images: Tensor, offsets: Tensor) -> Tensor:
     batch, channels, height, width = images.shape
-    offsets = torch.randint(-shift, shift + 1, (2, batch, 1), generator=generator, device=generator.device)
     dy, dx = offsets.to(images.device)
     rows = (torch.arange(height, device=images.device) + dy).clamp(0, height - 1)
     columns = (torch.arange(width, device=images.device) + dx).clamp(0, width - 1)
@@ -213,47 +222,66 @@ def random_shift(images: Tensor, shift: int, generator: torch.Generator) -> Tens
     return images[n, c, rows[:, None, :, None], columns[:, None, None, :]]
 
 
-def read_images(path: Path) -> np.ndarray:
-    """Unlabelled images of one size, uint8 NHWC: all of a flat or nested folder, or ``images`` of an .npz.
+@torch.no_grad()
+def batch_tokens(
+    data: ImageDataset | LatentDataset, tokenizer: Tokenizer, index: np.ndarray, rows: slice,
+    generator: torch.Generator, shift: int = 0, flip: bool = False,
+) -> Tensor:  # fmt: skip
+    """Tokens (B', L, D), on the generator's device, of the images ``index[rows]``; latents are posterior samples.
+
+    Every random number is drawn for the whole batch and cut to ``rows``, so that the number of processes changes
+    nothing. Only ``index[rows]`` is read.
+
+    Args:
+        data: images, or latents that this tokenizer's autoencoder made. tokenizer: on the generator's device.
+        index: int (B,), the whole batch, see `batch_indices`. rows: this process's part of it.
+        shift: largest translation in pixels, see `random_shift`. flip: mirror each image with probability 1/2.
 
     Raises:
-        ValueError: nothing there, an unreadable or unsuitable image, different sizes, or another kind of array.
+        ValueError: latents are to be shifted, or meet a tokenizer of pixels.
     """
-    if path.is_dir():
-        visible = (p for p in path.rglob("*") if not any(q.startswith(".") for q in p.relative_to(path).parts))
-        if paths := sorted(filter(_is_image, visible)):
-            return _read_equal(paths, None, square=False)
-        raise ValueError(f"{path} holds no images ({' '.join(SUFFIXES)})")
-    if not path.exists():
-        raise ValueError(f"{path} does not exist: give a folder of images, or an .npz with `images` (uint8 NHWC)")
+    count, device = len(index), generator.device
+    own = index[rows]
+    mirrored = (
+        torch.rand(count, generator=generator, device=device) < 0.5 if flip else torch.zeros(count, dtype=torch.bool)
+    )
+    mirrored = mirrored[rows].to(device)
+    if isinstance(data, LatentDataset):
+        if shift or isinstance(tokenizer, PixelTokenizer):
+            remedy = "they cannot be shifted: set shift to 0" if shift else "give their tokenizer, not pixels"
+            raise ValueError(f"{data.source}, are latents: {remedy}")
+        moments = data.moments(own, mirrored.cpu().numpy()).to(device)
+    else:
+        images = to_float(torch.from_numpy(data.images[own]).to(device))
+        if shift:
+            images = _translate(images, _offsets(count, shift, generator)[:, rows])
+        images = torch.where(mirrored[:, None, None, None], images.flip(3), images)
+        if isinstance(tokenizer, PixelTokenizer):
+            return tokenizer.encode(images)
+        moments = tokenizer.moments(images.expand(-1, tokenizer.image_channels, -1, -1))
+    shape = (count, moments.shape[1] // 2, *moments.shape[2:])
+    noise = torch.randn(shape, generator=generator, device=device)[rows]
+    return tokenizer.tokens(moments, noise)
+
+
+Read = TypeVar("Read")
+
+
+def prefetch(read: Callable[[int], Read], steps: Iterable[int]) -> Generator[Read, None, None]:
+    """``read(step)`` of each step in turn; the next one is read on a background thread in the meantime.
+
+    ``steps`` is asked for one step more than was handed out. An error of ``read`` is raised in its turn. Closing the
+    iterator waits for the read under way and starts no other. Thread-local modes of PyTorch (no_grad, autocast) are
+    those of a fresh thread.
+    """
+    thread = ThreadPoolExecutor(1, "marval-prefetch")
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            images = arrays["images"]
-    except KeyError:
-        raise ValueError(f"{path} has no array `images`: save it with np.savez(path, images=uint8 NHWC)") from None
-    except Exception as error:  # numpy raises ValueError, OSError, EOFError, BadZipFile, TypeError, ...
-        raise ValueError(f"{path} cannot be read as .npz ({type(error).__name__}): give another, or a folder") from None
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3) or not images.size:
-        found = f"{images.dtype} {list(images.shape)}"
-        raise ValueError(f"`images` of {path} is {found}: it must be uint8 NHWC with 1 or 3 channels")
-    return images
-
-
-def save_png(path: Path, image: np.ndarray) -> None:
-    """Write an image, uint8 HWC with 1 or 3 channels; the file is whole or it is not there."""
-    picture = Image.fromarray(image[..., 0] if image.shape[2] == 1 else image)
-    write_atomically(path, lambda p: picture.save(p, format="PNG", optimize=True))
-
-
-def image_grid(images: np.ndarray, columns: int, scale: int = 1, pad: int = 1) -> np.ndarray:
-    """Images (uint8 NHWC) in rows of ``columns`` -> one uint8 HWC; enlarged by pixel repetition, light padding."""
-    if columns < 1 or not len(images):
-        raise ValueError(f"a grid needs images and columns, got {len(images)} images in {columns} columns")
-    images = images.repeat(scale, axis=1).repeat(scale, axis=2)
-    count, height, width, channels = images.shape
-    rows = -(-count // columns)
-    grid = np.full((rows * (height + pad) + pad, columns * (width + pad) + pad, channels), 240, np.uint8)
-    for i, image in enumerate(images):
-        y, x = pad + i // columns * (height + pad), pad + i % columns * (width + pad)
-        grid[y : y + height, x : x + width] = image
-    return grid
+        coming = None
+        for step in steps:
+            ready, coming = coming, thread.submit(read, step)
+            if ready is not None:
+                yield ready.result()
+        if coming is not None:
+            yield coming.result()
+    finally:
+        thread.shutdown(cancel_futures=True)
