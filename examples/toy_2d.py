@@ -90,7 +90,7 @@ def distill(g: torch.Generator) -> Denoiser:
             optimizer.step()
             decay.step()
         average.update(student)
-    return average.averaged(student)
+    return average.averaged()
 
 
 def energy_distance(a: Tensor, b: Tensor) -> float:

@@ -1,6 +1,11 @@
-"""Two processes do what one does with the same global batch: gloo on the CPU, started by torchrun."""
+"""Any number of processes, sharded or not, do what one does with the same global batch: gloo on the CPU, torchrun."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -10,92 +15,213 @@ import torch
 from safetensors.torch import load_file
 
 from marval.__main__ import main
-from marval.distributed import World
+from marval.config import DistillConfig, GSIMConfig, RLConfig, TrainConfig
+from marval.distill import distill
+from marval.distributed import World, connect
+from marval.rl import rl
+from marval.train import train
 
-TORCHRUN = ["--nnodes", 1, "--nproc-per-node", 2, "--master-addr", "127.0.0.1", "--master-port"]
-WORK = """
-import sys
-from pathlib import Path
-from test_distributed import work
-from marval.distributed import disconnect
-work(Path(sys.argv[1]), *map(Path, sys.argv[2:]))
-disconnect()
-"""
+HERE = Path(__file__).parent
+BATCH = 12
+"""Divides into 1, 2 and 3 processes, and into groups of 2 over 3."""
 TOLERANCE = {"rtol": 2e-3, "atol": 1e-4}
 """Of losses and rewards: sums over the batch are taken in another order, and Adam without momentum amplifies that."""
 LOCAL = {"token_std", "data_std", "entropy"}
-"""Watched per process and averaged, which is not the same over half a batch."""
+"""Watched per part and averaged, which is not the same over half a batch."""
+VERBS = ("train", "distill", "rl", "group")
 
 
-def work(out: Path, teacher: Path, student: Path, classifier: Path) -> None:
-    """Every loop and an evaluation, into folders under ``out``."""
-    from marval.config import DistillConfig, GSIMConfig, RLConfig, TrainConfig
-    from marval.distill import distill
-    from marval.evaluate import evaluate_folder
-    from marval.rl import rl
-    from marval.train import train
-
-    common = {"steps": 4, "batch": 16, "log_every": 1, "sample_every": 0}
-    gsim = GSIMConfig(auxiliary_updates=2)
-    train(TrainConfig(**common, model=tiny.MODEL, sampling=tiny.SAMPLING, shift=1), out / "train")
-    distill(DistillConfig(**common, ar_steps=4, gsim=gsim, trained="all", rollout=0.5), teacher, out / "distill")
-    aligned = RLConfig(
-        **common, ar_steps=4, classifier=str(classifier), judge=str(classifier), eval_every=2, eval_images=20
-    )
-    rl(aligned, student, out / "rl")
-    group = {"algorithm": "group", "reward": "reads-class", "group_size": 4, "kl": 0.1, "anchor": 0.0}
-    rl(RLConfig(**{**vars(aligned), **group}), student, out / "group")
-    evaluate_folder(student, "digits", out / "results.json", 25, classifier, 3, "cpu", {})
+def work(out: Path, teacher: Path, student: Path, classifier: Path, steps: int = 4, **how: object) -> None:
+    """Every loop, into folders under ``out``; goes on with what is there."""
+    common = {"steps": steps, "batch": BATCH, "log_every": 1, "save_every": 2, "sample_every": 0, **how}
+    distilled = {"ar_steps": 4, "gsim": GSIMConfig(auxiliary_updates=2), "trained": "all", "rollout": 0.5}
+    aligned = {
+        "ar_steps": 4,
+        "classifier": str(classifier),
+        "judge": str(classifier),
+        "eval_every": 2,
+        "eval_images": 20,
+    }
+    group = {"algorithm": "group", "reward": "reads-class", "group_size": 2, "kl": 0.1, "anchor": 0.0}
+    constant = {"decay": False, "warmup": 0}  # the learning rate must not depend on the number of steps
+    train(TrainConfig(**common, **constant, model=tiny.MODEL, sampling=tiny.SAMPLING, shift=1), out / "train", True)
+    distill(DistillConfig(**common, **constant, **distilled), teacher, out / "distill", True)
+    rl(RLConfig(**common, **aligned), student, out / "rl", True)
+    rl(RLConfig(**common, **aligned | group), student, out / "group", True)
 
 
-def torchrun(*args: object) -> str:
-    """Output of two processes; raises if one fails."""
-    with tiny.start(
-        [*TORCHRUN, tiny.free_port(), *args], "torch.distributed.run", cwd=Path(__file__).parent
-    ) as processes:
-        out, err = processes.communicate(timeout=300)
-    assert processes.returncode == 0, err
+def command(processes: int, *args: object) -> list[str]:
+    nodes = ["--nnodes", 1, "--nproc-per-node", processes, "--master-addr", "127.0.0.1"]
+    return [*map(str, nodes), "--master-port", str(tiny.free_port()), *map(str, args)]
+
+
+def torchrun(processes: int, *args: object) -> str:
+    """Output of so many processes; raises if one fails."""
+    with tiny.start(command(processes, *args), "torch.distributed.run", cwd=HERE) as run:
+        out, err = run.communicate(timeout=300)
+    assert run.returncode == 0, err
     return out
 
 
-def test_loops_and_evaluation(tmp_path: Path):
-    folders = [tiny.teacher(), tiny.student(), tiny.classifier()]
-    one, two = tmp_path / "one", tmp_path / "two"
-    one.mkdir()
-    work(one, *folders)
-    (tmp_path / "work.py").write_text(f"import sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\n{WORK}")
-    torchrun(tmp_path / "work.py", two, *folders)
+def work_in(processes: int, out: Path, **how: object) -> None:
+    """`work` in so many processes."""
+    folders = [str(path) for path in (out, tiny.teacher(), tiny.student(), tiny.classifier())]
+    file = out.with_suffix(".py")
+    file.write_text(
+        f"import sys\nfrom pathlib import Path\nsys.path.insert(0, {str(HERE)!r})\n"
+        "from test_distributed import work\nfrom marval.distributed import disconnect\n"
+        f"work(*map(Path, {folders!r}), **{how!r})\ndisconnect()\n"
+    )
+    torchrun(processes, file)
 
-    for verb in ("train", "distill", "rl", "group"):
-        rows = [tiny.metrics(out / verb) for out in (one, two)]
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What one process makes."""
+    out = tmp_path_factory.mktemp("distributed") / "one"
+    work(out, tiny.teacher(), tiny.student(), tiny.classifier())
+    return out
+
+
+def same(a: Path, b: Path) -> None:
+    for verb in VERBS:
+        rows = [tiny.metrics(out / verb) for out in (a, b)]
         assert len(rows[0]) >= 4
-        for a, b in zip(*rows, strict=True):
-            assert a.keys() == b.keys()
-            for name in a.keys() - LOCAL:
-                np.testing.assert_allclose(b[name], a[name], **TOLERANCE, err_msg=f"{verb} {name} {a['step']}")
-        weights = [load_file(out / verb / "model.safetensors") for out in (one, two)]
+        for x, y in zip(*rows, strict=True):
+            assert x.keys() == y.keys()
+            for name in x.keys() - LOCAL:
+                np.testing.assert_allclose(y[name], x[name], **TOLERANCE, err_msg=f"{verb} {name} {x['step']}")
+        weights = [load_file(out / verb / "model.safetensors") for out in (a, b)]
+        assert weights[0].keys() == weights[1].keys()
         for name, value in weights[0].items():
             np.testing.assert_allclose(weights[1][name], value, rtol=0, atol=2e-3, err_msg=f"{verb} {name}")
-    a, b = (json.loads((out / "results.json").read_text()) for out in (one, two))
-    np.testing.assert_allclose(b["fid"], a["fid"], rtol=1e-6)
-    assert b["accuracy"] == a["accuracy"]
-    assert b["protocol"] == a["protocol"]
+        scores = [sorted(load_file(path)) for out in (a, b) if (path := out / verb / "scores.safetensors").exists()]
+        assert scores in ([], scores[:1] * 2)
+
+
+@pytest.mark.parametrize(
+    ("processes", "how"),
+    [
+        (2, {}),
+        (2, {"shard": True}),
+        (3, {"shard": True, "activation_checkpointing": True}),
+        (3, {"accumulate": 2}),
+    ],
+    ids=str,
+)
+def test_loops(processes: int, how: dict[str, object], alone: Path, tmp_path: Path):
+    """DDP and FSDP2, in parts and recomputed, are one process with the same batch: the numbers that both log."""
+    work_in(processes, tmp_path / "many", **how)
+    same(alone, tmp_path / "many")
+
+
+def test_accumulation(alone: Path, tmp_path: Path):
+    work(tmp_path / "parts", tiny.teacher(), tiny.student(), tiny.classifier(), accumulate=5)
+    same(alone, tmp_path / "parts")
+
+
+def test_resume_with_other_processes(alone: Path, tmp_path: Path):
+    """A checkpoint of two sharded processes goes on with one, and one of two with three."""
+    work_in(2, tmp_path / "a", steps=2, shard=True)
+    for path in (tmp_path / "a").glob("*/meta.json"):  # as if it had been asked for 4 updates and was killed after 2
+        meta = json.loads(path.read_text())
+        assert meta["step"] == 2
+        meta["config"]["steps"] = 4
+        path.write_text(json.dumps(meta))
+    subprocess.run(["cp", "-r", tmp_path / "a", tmp_path / "b"], check=True)
+    work(tmp_path / "a", tiny.teacher(), tiny.student(), tiny.classifier())
+    same(alone, tmp_path / "a")
+    work_in(3, tmp_path / "b")
+    same(alone, tmp_path / "b")
 
 
 def test_samples_do_not_depend_on_the_number_of_processes(tmp_path: Path):
     args = ["sample", "--model", tiny.student(), "--num-images", 7, "--seed", 5, "--classes", "4,2", "--out"]
     main([str(arg) for arg in (*args, tmp_path / "one")])
-    out = torchrun("-m", "marval", *args, tmp_path / "two")
+    out = torchrun(2, "-m", "marval", *args, tmp_path / "two")
     assert out.count("7 images") == 1
-    files = [sorted(path.name for path in (tmp_path / name).iterdir()) for name in ("one", "two")]
-    assert files[0] == files[1]
-    with np.load(tmp_path / "one" / "samples.npz") as one, np.load(tmp_path / "two" / "samples.npz") as two:
-        assert np.array_equal(one["images"], two["images"])
-        assert np.array_equal(one["labels"], two["labels"])
+    torchrun(2, "-m", "marval", *args, tmp_path / "sharded", "--shard")
+    names = ("one", "two", "sharded")
+    files = [sorted(path.name for path in (tmp_path / name).iterdir()) for name in names]
+    assert files[0] == files[1] == files[2]
+    arrays = [dict(np.load(tmp_path / name / "samples.npz")) for name in names]
+    for other in arrays[1:]:
+        assert np.array_equal(arrays[0]["images"], other["images"])
+        assert np.array_equal(arrays[0]["labels"], other["labels"])
 
 
-def test_shares_of_a_batch():
+@pytest.mark.parametrize("launcher", ["torchrun", "bare"])
+def test_a_process_that_dies_ends_all(launcher: str, tmp_path: Path):
+    """Within a minute, with a message that names it; also where nobody looks after the processes."""
+    args = ["train", "digits", "--steps", 100000, "--save-every", 5, "--out", tmp_path / "run"]
+    if launcher == "torchrun":
+        processes = [tiny.start(command(3, "-m", "marval", *args), "torch.distributed.run", start_new_session=True)]
+    else:
+        processes = bare(3, f"marval.watch.LIMIT = 5\nmain({[str(arg) for arg in args]!r})")
+    try:
+        tiny.wait_for(tmp_path / "run" / "checkpoint.pt", processes[0])
+        victim = processes[-1].pid if launcher == "bare" else worker(processes[0].pid, rank=1)
+        os.kill(victim, signal.SIGKILL)
+        died = time.monotonic()
+        outputs = [process.communicate(timeout=70)[1] for process in processes]
+        assert time.monotonic() - died < 60
+    finally:
+        for process in processes:
+            process.kill()
+    assert all(process.returncode != 0 for process in processes)
+    if launcher == "torchrun":
+        assert "rank      : 1" in outputs[0]
+    else:
+        assert all("stops: process 2 on " in output for output in outputs[:2]), outputs
+
+
+def worker(parent: int, rank: int) -> int:
+    """Process id of a rank that torchrun started."""
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            stat, environment = (path / "stat").read_text(), (path / "environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if int(stat.rpartition(")")[2].split()[1]) == parent and f"RANK={rank}".encode() in environment:
+            return int(path.name)
+    raise AssertionError(f"no process of rank {rank}")
+
+
+def bare(size: int, code: str) -> list[subprocess.Popen[str]]:
+    """So many processes that nobody looks after, as some schedulers start them."""
+    code = f"import marval.watch\nfrom marval.__main__ import main\nfrom marval.distributed import *\n{code}"
+    environment = {**tiny.environment(), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(tiny.free_port())}
+    return [
+        subprocess.Popen(
+            [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env={**environment, "WORLD_SIZE": str(size), "RANK": str(rank)},
+        )
+        for rank in range(size)
+    ]  # fmt: skip
+
+
+def test_an_error_of_one_process_reaches_the_others():
+    code = (
+        "world = connect('cpu')\ntry:\n    assert world.rank == 0, 'bad luck'\n    world.barrier()\n"
+        "except Exception as error:\n    disconnect(error)"
+    )
+    err = [process.communicate(timeout=60)[1] for process in bare(2, code)]
+    assert "marval: process 0 of 2 stops: process 1 failed with AssertionError: bad luck" in err[0]
+
+
+def test_parts_of_a_batch():
     device = torch.device("cpu")
-    assert [World(rank, 3, device).rows(12) for rank in range(3)] == [slice(0, 4), slice(4, 8), slice(8, 12)]
-    with pytest.raises(ValueError, match="batch 16 must be a multiple of the number of processes, 3"):
-        World(0, 3, device).rows(16)
+    worlds = [World(rank, 3, device) for rank in range(3)]
+    assert [world.rows(12) for world in worlds] == [slice(0, 4), slice(4, 8), slice(8, 12)]
+    assert [world.rows(10) for world in worlds] == [slice(0, 3), slice(3, 6), slice(6, 10)]
+    for batch, accumulate, group in ((10, 1, 1), (10, 3, 1), (12, 2, 2), (16, 1, 4)):
+        parts = [part for world in worlds for part in world.parts(batch, accumulate, group)]
+        assert [i for part in parts for i in range(batch)[part.rows]] == list(range(batch))
+        assert all((part.rows.stop - part.rows.start) % group == 0 for part in parts)
+        assert sum(part.weight for part in parts) == pytest.approx(3)  # over processes, an average
+        for part in parts:
+            assert part.weight == pytest.approx(3 * (part.rows.stop - part.rows.start) / batch)
+    with pytest.raises(ValueError, match="batch 5 is too small for 3 processes with 2 parts each"):
+        worlds[0].parts(5, 2)
+    with pytest.raises(ValueError, match="--shard splits a network over several processes"):
+        connect("cpu", shard=True)

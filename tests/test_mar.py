@@ -42,7 +42,8 @@ def test_dropout_only_in_training(tiny_mar):
 def test_activation_checkpointing_changes_nothing(tiny_mar):
     results = []
     for recompute in (False, True):
-        network = tiny_mar(activation_checkpointing=recompute, depth=2).train()
+        network = tiny_mar(depth=2).train()
+        network.activation_checkpointing = recompute
         condition = network.condition(*inputs())
         condition.square().sum().backward()
         backbone = dict(network.named_parameters())
@@ -55,7 +56,8 @@ def test_activation_checkpointing_changes_nothing(tiny_mar):
 
 def test_activation_checkpointing_recomputes(tiny_mar):
     calls = []
-    network = tiny_mar(activation_checkpointing=True)
+    network = tiny_mar()
+    network.activation_checkpointing = True
     network.encoder_blocks[0].attn.register_forward_hook(lambda *_: calls.append(1))
     network.condition(*inputs()).sum().backward()
     assert len(calls) == 2

@@ -15,6 +15,7 @@ from marval.pipeline import Pipeline
 from marval.policy import gaussian_log_prob
 from marval.rewards import UserReward
 from marval.rl import Batch, GroupGradient, image_statistics, rl
+from marval.run import autocast
 from marval.sampling import gather_tokens
 
 CODE = """
@@ -123,7 +124,7 @@ def test_early_stop_keeps_the_best(file: Path, tmp_path: Path, capsys: pytest.Ca
 
 def test_classifier_reward_and_judge(tmp_path: Path):
     folder = str(tiny.classifier())
-    aligned(tmp_path / "run", classifier=folder, judge=folder, steps=20, anchor=0.1)
+    aligned(tmp_path / "run", classifier=folder, judge=folder, steps=40, anchor=0.1)
     rows = [row for row in tiny.metrics(tmp_path / "run") if "judge_heldout" in row]
     assert rows[0]["judge_heldout"] == pytest.approx(rows[0]["reward_heldout"], rel=1e-4)
     assert max(row["judge_heldout"] for row in rows) > rows[0]["judge_heldout"] + 0.1
@@ -195,7 +196,10 @@ def test_bf16_recomputes_the_log_probability_exactly():
     g = torch.Generator().manual_seed(0)
     z, exploration = torch.randn(2, 4, 16, 4, generator=g)
     orders = torch.stack([torch.randperm(16, generator=g) for _ in range(2)]).repeat_interleave(2, dim=0)
-    algorithm.rollout(Batch(torch.tensor([1, 1, 2, 2]), [""] * 4, orders, z, torch.full((4, 1), 1.5), exploration))
-    for target, mean in algorithm.means(model.network, algorithm.batch, algorithm.actions):
-        log_prob = gaussian_log_prob(gather_tokens(algorithm.actions, target), mean, config.std)
-        assert torch.equal(log_prob, algorithm.log_prob.gather(1, target))
+    batch = Batch(torch.tensor([1, 1, 2, 2]), [""] * 4, orders, z, torch.full((4, 1), 1.5), exploration)
+    rollout = algorithm.draw(batch)
+    for k in range(4):
+        with autocast(config, z.device):
+            target, mean = algorithm.mean(model.network, batch, rollout.actions, k)
+        log_prob = gaussian_log_prob(gather_tokens(rollout.actions, target), mean, config.std)
+        assert torch.equal(log_prob, rollout.log_prob.gather(1, target))

@@ -1,6 +1,8 @@
 """Training of a teacher: it learns, its settings act, its data may be a folder, and it stops where it must."""
 
 import dataclasses
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 from marval.config import MARConfig, SamplingConfig, TrainConfig
 from marval.data import save_png
@@ -29,7 +32,7 @@ def losses(out: Path) -> list[float]:
 def test_the_loss_falls_on_digits():
     rows = tiny.metrics(tiny.teacher())
     assert [row["step"] for row in rows] == list(range(20, 301, 20))
-    assert np.mean([row["mse"] for row in rows[-3:]]) < 0.5 < rows[0]["mse"]
+    assert np.mean([row["mse"] for row in rows[-3:]]) < 0.4 < rows[0]["mse"]
     for row in rows:
         assert row["loss"] == pytest.approx(row["mse"] + row["vb"], rel=1e-4)
     assert "CC BY 4.0" in str(Pipeline.load(tiny.teacher()).provenance)
@@ -37,9 +40,17 @@ def test_the_loss_falls_on_digits():
 
 def test_activation_checkpointing_changes_nothing(tmp_path: Path):
     for value in (False, True):
-        model = dataclasses.replace(tiny.MODEL, activation_checkpointing=value, dropout=0.1)
-        train(dataclasses.replace(SHORT, model=model), tmp_path / str(value))
+        model = dataclasses.replace(tiny.MODEL, dropout=0.1)
+        train(dataclasses.replace(SHORT, model=model, activation_checkpointing=value), tmp_path / str(value))
     assert losses(tmp_path / "True") == losses(tmp_path / "False")
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore")  # of torch's own compiler
+def test_compiled_blocks_change_nothing(tmp_path: Path):
+    for value in (False, True):
+        train(dataclasses.replace(SHORT, compile=value), tmp_path / str(value))
+    assert losses(tmp_path / "True") == pytest.approx(losses(tmp_path / "False"), rel=1e-4)
 
 
 def test_every_setting_changes_the_run(tmp_path: Path):
@@ -61,10 +72,10 @@ def test_every_setting_changes_the_run(tmp_path: Path):
     found = {}
     for name, changes in variants.items():
         train(dataclasses.replace(SHORT, **changes), tmp_path / name)
-        found[name] = tuple(losses(tmp_path / name)) + tuple(row["lr"] for row in tiny.metrics(tmp_path / name))
+        found[name] = tuple(row[key] for row in tiny.metrics(tmp_path / name) for key in ("loss", "grad_norm", "lr"))
         assert np.isfinite(found[name]).all()
     assert len(set(found.values())) == len(variants) - 1, "all differ, but clipping: Adam takes no notice of a scale"
-    assert found["bf16"][0] == pytest.approx(found["plain"][0], rel=0.02)
+    assert found["bf16"] == pytest.approx(found["plain"], rel=0.02)
     sizes = Pipeline.load(tmp_path / "patches").network.config
     assert (sizes.grid, sizes.token_dim) == (2, 16)
 
@@ -105,7 +116,7 @@ def test_average_of_a_parameter():
         ema.update(module)
         decay = min(0.5, (1 + n) / (10 + n))
         expected = decay * expected + (1 - decay) * n
-    assert ema.averaged(module).weight.item() == pytest.approx(expected, rel=1e-5)
+    assert ema.averaged().weight.item() == pytest.approx(expected, rel=1e-5)
     assert module.weight.item() == 11
 
 
@@ -127,15 +138,21 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path):
 
     weight = torch.nn.Parameter(torch.zeros(2))
     module = torch.nn.ParameterDict({"scale": weight})
-    update = Update("auxiliary", module, torch.optim.SGD([weight], 0.1), 3.0, World(0, 1, torch.device("cpu")))
-    bad, good = torch.tensor(float("nan")), torch.zeros(())
+
+    def update(loss: Callable[[Tensor], Tensor], step: int, weights: tuple[float, ...] = (1.0,)) -> Tensor:
+        optimizer, world = torch.optim.SGD([weight], 0.1), World(0, 1, torch.device("cpu"))
+        result = Update("auxiliary", module, optimizer, SHORT, world)
+        for part in weights:
+            assert result.backward(lambda: (loss(weight), "rest"), weight=part)[1] == "rest"
+        return result.step(step)
+
     with pytest.raises(FloatingPointError, match="step 7: the loss of the auxiliary is not finite"):
-        update.apply(bad, [torch.ones(2)], 7)
+        update(lambda w: w.sum() + float("nan"), 7)
     with pytest.raises(FloatingPointError, match="step 8: the gradient of scale of the auxiliary is not finite"):
-        update.apply(good, [torch.full((2,), float("inf"))], 8)
+        update(lambda w: (w * float("inf")).sum(), 8)
     assert torch.equal(weight, torch.zeros(2)), "a bad gradient is never applied"
-    assert update.apply(good, [torch.full((2,), 30.0)], 9) == pytest.approx(30 * 2**0.5)
-    torch.testing.assert_close(weight.norm(), torch.tensor(0.3), rtol=1e-4, atol=0)  # clipped to a norm of 3
+    assert update(lambda w: 30 * w.sum(), 9, (0.5, 0.25, 0.25)) == pytest.approx(30 * 2**0.5)
+    torch.testing.assert_close(weight.detach().norm(), torch.tensor(0.3))  # clipped to a norm of 3
 
 
 def test_a_folder_with_something_in_it_is_left_alone(tmp_path: Path):

@@ -84,7 +84,7 @@ def start(args: Sequence[object], module: str = "marval", **options: object) -> 
     """`python -m module args` with its output captured."""
     command = [sys.executable, "-m", module, *map(str, args)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, env=environment(), **pipes, **options)  # type: ignore[call-overload]
+    return subprocess.Popen(command, **{"env": environment(), **pipes, **options})  # type: ignore[call-overload]
 
 
 def wait_for(path: Path, process: subprocess.Popen[str], seconds: float = 60) -> None:

@@ -1,6 +1,7 @@
 """Settings of networks and runs: frozen dataclasses, checked at construction, saved with every run as JSON."""
 
 import dataclasses
+import itertools
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -35,8 +36,6 @@ class MARConfig:
     """Residual blocks of the head."""
     dropout: float = 0.0
     """Dropout of attention and projections while training (MAR uses 0.1; distillation and RL always use 0)."""
-    activation_checkpointing: bool = False
-    """Recompute transformer blocks in the backward pass instead of storing their activations."""
 
     def __post_init__(self) -> None:
         for name in ("grid", "token_dim", "num_classes", "width", "depth", "heads", "buffer_size", "head_width"):
@@ -129,21 +128,30 @@ class RunConfig:
     """Decay of the weights' exponential moving average, which is what is evaluated and shipped."""
     clip_grad: float = 3.0
     """Largest norm of a network's gradient."""
-    precision: Literal["float32", "bf16"] = "float32"
-    """bf16: autocast of the transformer and the head's blocks; norms, head output and losses stay float32."""
+    precision: Literal["auto", "float32", "bf16"] = "auto"
+    """bf16: autocast of the transformer and the head's blocks; norms, head output and losses stay float32.
+    auto: bf16 on CUDA, float32 on the CPU."""
     device: str = "auto"
     """cpu, cuda, or auto: cuda where there is one."""
+    shard: bool = False
+    """Split weights, gradients and optimizer states over the processes (FSDP2); otherwise each holds all (DDP)."""
+    accumulate: int = 1
+    """Parts in which each process works through its share of a batch, to save memory; the result is the same."""
+    activation_checkpointing: bool = False
+    """Recompute transformer blocks in the backward pass instead of storing their activations."""
+    compile: bool = False
+    """Compile the blocks of transformer and head (torch.compile; needs a C++ compiler)."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "save_every", "log_every"):
+        for name in ("steps", "batch", "save_every", "log_every", "accumulate"):
             check(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
         check(self.sample_every >= 0, f"sample_every must not be negative, got {self.sample_every}")
         check(0 <= self.ema < 1, f"ema must be in [0, 1), got {self.ema}")
         check(self.clip_grad > 0, f"clip_grad must be positive, got {self.clip_grad}")
         check(self.seed >= 0, f"seed must not be negative, got {self.seed}")
         choices = {
-            "precision": ("float32", "bf16"), "mask_ratios": ("training", "inference"), "trained": ("head", "all"),
-            "algorithm": ("gradient", "group"),
+            "precision": ("auto", "float32", "bf16"), "classes": ("folders", "imagenet"),
+            "mask_ratios": ("training", "inference"), "trained": ("head", "all"), "algorithm": ("gradient", "group"),
         }  # fmt: skip
         for name, known in choices.items():
             value = getattr(self, name, known[0])
@@ -155,11 +163,16 @@ class TrainConfig(RunConfig):
     """Training of a MAR teacher with the diffusion loss."""
 
     data: str = "digits"
-    """`digits` (embedded), or a folder with one sub-folder of images per class."""
+    """`digits` (embedded), a folder with one sub-folder of images per class, or a folder of `marval encode`."""
+    classes: Literal["folders", "imagenet"] = "folders"
+    """The classes are the sub-folders, or ImageNet's 1,000, of which the sub-folders name some by WordNet id."""
     image_size: int | None = None
     """Centre-crop and scale the images of a folder to this size; None takes them as they are."""
+    tokenizer: str = "pixels"
+    """`pixels`, or an autoencoder: a folder (marval import-kl16, import-taesd, diffusers AutoencoderKL) or hub name.
+    A folder of `marval encode` brings its own."""
     patch_size: int = 2
-    """Side of the square pixel patch that makes a token."""
+    """Side of the square patch, of pixels or of latents, that makes a token."""
     model: MARConfig = MARConfig()
     """The network; its grid, token_dim and num_classes are set from the data."""
     lr: float = 1e-3
@@ -178,6 +191,8 @@ class TrainConfig(RunConfig):
     """Diffusion timesteps per token and update (MAR's diffusion_batch_mul)."""
     shift: int = 0
     """Largest random translation of the training images, in pixels (replicated borders); 0 for none."""
+    flip: bool = False
+    """Mirror each training image left to right with probability 1/2."""
     sampling: SamplingConfig = SamplingConfig()
     """Defaults stored with the model, used for the sample grids."""
 
@@ -224,9 +239,14 @@ class DistillConfig(RunConfig):
     """Distillation of a teacher into a one-step student."""
 
     data: str = "digits"
-    """Images whose tokens give the contexts: `digits`, or a folder with one sub-folder per class."""
+    """Images whose tokens give the contexts: `digits`, a folder with one sub-folder per class, or one of `marval
+    encode`."""
+    classes: Literal["folders", "imagenet"] = "folders"
+    """The classes are the sub-folders, or ImageNet's 1,000, of which the sub-folders name some by WordNet id."""
     image_size: int | None = None
     """Centre-crop and scale the images of a folder to this size; None takes them as they are."""
+    flip: bool = False
+    """Mirror each image left to right with probability 1/2."""
     class_drop: float = 0.1
     """Probability of a context without class, so that the student also serves unconditional images."""
     gsim: GSIMConfig = GSIMConfig()
@@ -330,3 +350,79 @@ def from_dict(cls: Any, values: dict[str, Any]) -> Any:
     if unknown := set(values) - known:
         raise ValueError(f"{cls.__name__} has no setting {sorted(unknown)[0]!r}")
     return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+
+
+def numbers(text: str, kind: type, name: str) -> list[Any]:
+    """Comma-separated numbers, such as the ``1.0,1.2,1.5`` of a sweep; an empty text is none."""
+    try:
+        return [kind(part) for part in text.split(",")] if text else []
+    except ValueError:
+        example = "1.0,1.2,1.5" if kind is float else "16,32,64"
+        raise ValueError(f"{name} {text!r} must be numbers separated by commas, such as {example}") from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """How a model is measured. Several values of guidance, ar_steps or head_steps: every combination is measured."""
+
+    reference: str = ""
+    """What the images are compared with: `digits`, a folder of images (also nested), an .npz of images (`images` or
+    `arr_0`, uint8 NHWC), or an .npz of statistics: `mu` and `sigma`, as ADM's and MAR's files have, for sFID also
+    `mu_s` and `sigma_s`; or what --save-reference wrote."""
+    num_images: int = 5000
+    """Images drawn, over all processes, of all classes in turn; 50,000 is the custom on ImageNet."""
+    seed: int = 0
+    """Image i of a seed is the same in any batch size and on any number of processes."""
+    batch: int = 250
+    """Images that a process draws at a time; at most 250 take effect."""
+    features: str = ""
+    """Network of the features: `inception` (FID's), a folder of marval train-classifier, a mobilenet_v2*.npz, a
+    CIFAR-10 resnet*.th, or path/to/file.py:function. If left out, the `classifier` folder beside the model's."""
+    inception_weights: str = ""
+    """File of Inception's weights; if left out, it is looked for in PyTorch's hub cache, and else downloaded."""
+    weights: Literal["ema", "raw"] = "ema"
+    """The average that a run ships, or the weights as they were last trained."""
+    guidance: str = ""
+    """Guidance scales w, comma-separated; 1 is no guidance. The model's default if left out, as all below."""
+    ar_steps: str = ""
+    """Numbers of AR steps K, comma-separated."""
+    head_steps: str = ""
+    """Numbers of denoising steps of a teacher's inner chain, comma-separated."""
+    guidance_schedule: Literal["constant", "linear"] | None = None
+    """Constant w, or w growing linearly with the share of revealed tokens."""
+    solver: Literal["ancestral", "ddim"] | None = None
+    """How a teacher's inner chain steps."""
+    temperature: float | None = None
+    """Scale of the noise."""
+    order: str | None = None
+    """random, raster or centre-out."""
+    rewards: str = ""
+    """Rewards to take the mean of, comma-separated: clip:FOLDER, pickscore:FOLDER, path/to/file.py:function."""
+    prompt: str = "a high-quality and harmonious picture of {class}"
+    """Prompt of each image for the rewards; {class} is replaced by the class name."""
+    precision: Literal["auto", "float32", "bf16"] = "auto"
+    """Of the drawing, bf16 by autocast. auto: bf16 on CUDA, float32 on the CPU. Features are always float32."""
+    device: str = "auto"
+    """cpu, cuda, or auto: cuda where there is one."""
+    shard: bool = False
+    """Split the weights over the processes (FSDP2); otherwise each holds all."""
+
+    def __post_init__(self) -> None:
+        check(self.num_images >= 2, f"a Frechet distance needs at least 2 images, got {self.num_images}")
+        check(self.seed >= 0, f"seed must not be negative, got {self.seed}")
+        check(self.batch >= 1, f"the batch size must be at least 1, got {self.batch}")
+        check(self.weights in ("ema", "raw"), f"unknown weights {self.weights!r}: choose ema or raw")
+        known = ("auto", "float32", "bf16")
+        check(self.precision in known, f"unknown precision {self.precision!r}: choose one of {', '.join(known)}")
+        self.settings()
+
+    def settings(self) -> list[dict[str, Any]]:
+        """Arguments of `Pipeline.settings` for every combination, one per row of a sweep."""
+        swept = {
+            "guidance": numbers(self.guidance, float, "guidance"),
+            "ar_steps": numbers(self.ar_steps, int, "ar_steps"),
+            "head_steps": numbers(self.head_steps, int, "head_steps"),
+        }
+        fixed = {name: getattr(self, name) for name in ("guidance_schedule", "solver", "temperature", "order")}
+        combinations = itertools.product(*(values or [None] for values in swept.values()))
+        return [dict(zip(swept, values, strict=True)) | fixed for values in combinations]

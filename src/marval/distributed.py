@@ -1,17 +1,43 @@
-"""Many processes, started by ``torchrun``: who am I, my share of a batch, averaged gradients.
+"""Many processes, started by ``torchrun``: who am I, my share of a batch, sharded networks, whole states.
 
-The loops evaluate parts of three networks (a backbone here, a head there), which DistributedDataParallel's forward
-hooks do not fit; gradients are averaged explicitly after each backward pass instead.
+Each process holds everything (DistributedDataParallel averages the gradients, see `marval.run.Update`), or weights,
+gradients, averages and optimizer states are split over the processes (FSDP2's ``fully_shard``, by one flag). What is
+saved is whole in both cases, so that a run goes on with any number of processes, sharded or not.
 """
 
+import copy
 import os
-from collections.abc import Sequence
+import socket
+import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.rendezvous import rendezvous
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from marval.watch import Watch
+
+Network = TypeVar("Network", bound=nn.Module)
+_watch: Watch | None = None
+
+
+class Part(NamedTuple):
+    """Some rows of a global batch, for one forward and backward pass of one process."""
+
+    rows: slice
+    """Of the global batch."""
+    own: slice
+    """The same rows, counted from the first row of this process."""
+    weight: float
+    """Of a mean over these rows, so that the sum over parts, averaged over processes, is the mean over the batch."""
 
 
 @dataclass(frozen=True)
@@ -21,46 +47,50 @@ class World:
     rank: int
     size: int
     device: torch.device
+    sharded: bool = False
+    """Networks given to `shard` are split over the processes."""
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
+    @property
+    def gathers(self) -> bool:
+        """Whether this process is needed to make a network whole: to save it, say."""
+        return self.is_main or self.sharded
+
     def rows(self, batch: int) -> slice:
-        """This process's share of a global batch.
+        """This process's share of a global batch; shares differ by one row at most."""
+        return slice(self.rank * batch // self.size, (self.rank + 1) * batch // self.size)
+
+    def parts(self, batch: int, accumulate: int = 1, group: int = 1) -> list[Part]:
+        """This process's share of a global batch, cut into ``accumulate`` parts; groups of rows stay together.
 
         Raises:
-            ValueError: the batch does not divide evenly.
+            ValueError: there is not a group for each part of each process.
         """
-        if batch % self.size:
-            raise ValueError(f"batch {batch} must be a multiple of the number of processes, {self.size}")
-        share = batch // self.size
-        return slice(self.rank * share, (self.rank + 1) * share)
+        groups = batch // group
+        if groups < self.size * accumulate:
+            what = f"batch {batch}" if group == 1 else f"batch {batch} in groups of {group}"
+            raise ValueError(f"{what} is too small for {self.size} processes with {accumulate} parts each: raise it")
+        share = self.rows(groups)
+        count, parts = share.stop - share.start, []
+        for i in range(accumulate):
+            low, high = (i * count // accumulate) * group, ((i + 1) * count // accumulate) * group
+            first = share.start * group
+            rows = slice(first + low, first + high)
+            parts.append(Part(rows, slice(low, high), self.size * (high - low) / batch))
+        return parts
 
-    def average(self, tensors: Sequence[Tensor]) -> None:
-        """Replace each tensor by its mean over the processes, in one collective per dtype and 64 MB."""
-        if self.size == 1:
-            return
-        pending: list[Tensor] = []
-        for tensor in tensors:
-            if pending and (tensor.dtype != pending[0].dtype or sum(p.numel() for p in pending) > 1 << 24):
-                self._average(pending)
-                pending = []
-            pending.append(tensor)
-        self._average(pending)
-
-    def _average(self, tensors: list[Tensor]) -> None:
-        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
-        dist.all_reduce(flat)
-        parts = (flat / self.size).split([tensor.numel() for tensor in tensors])
-        for tensor, part in zip(tensors, parts, strict=True):
-            tensor.copy_(part.view_as(tensor))
-
-    def mean(self, value: Tensor) -> Tensor:
-        """Mean of a tensor over the processes."""
-        result = value.detach().clone()
-        self.average([result])
-        return result
+    def means(self, values: Mapping[str, Tensor]) -> dict[str, float]:
+        """Each scalar's mean over the processes."""
+        if not values:
+            return {}
+        stacked = torch.stack([value.detach().float() for value in values.values()])
+        if self.size > 1:
+            dist.all_reduce(stacked)
+            stacked /= self.size
+        return dict(zip(values, stacked.tolist(), strict=True))
 
     def gather_rows(self, rows: Tensor) -> Tensor:
         """Rows of all processes in rank order; each has equally many."""
@@ -74,13 +104,94 @@ class World:
         if self.size > 1:
             dist.barrier()
 
+    def shard(self, network: nn.Module) -> None:
+        """Split a MAR, or a head alone, over the processes if this world is sharded: block by block, with FSDP2.
 
-def connect(device: str = "auto") -> World:
+        A sharded network computes the same through `MAR.condition` and the head's `embed`, `denoise` and `forward`,
+        which every process must call equally often. A head that is sharded already is left alone.
+        """
+        if not self.sharded:
+            return
+        # FSDP2 fears in-place operations on outputs that are views; there are none here
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+        mesh = init_device_mesh(self.device.type, (self.size,))
+        head = getattr(network, "head", network)
+        for name in ("encoder_blocks", "decoder_blocks"):
+            for block in getattr(network, name, ()):
+                fully_shard(block, mesh=mesh, reshard_after_forward=True)
+        for module, methods in (
+            (head, ("embed", "embed_time", "embed_condition", "denoise")),
+            (network, ("condition",)),
+        ):
+            if not isinstance(module, FSDPModule):
+                fully_shard(module, mesh=mesh, reshard_after_forward=True)
+                for method in methods:
+                    register_fsdp_forward_method(module, method)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor that may be sharded, whole; all processes must call it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def whole_state(state: Any, keep: bool = True) -> Any:
+    """A nested state of dicts, lists, tensors and plain values with every sharded tensor whole, on the CPU.
+
+    All processes must call it; those that do not ``keep`` it get None in place of sharded tensors.
+    """
+    if isinstance(state, Mapping):
+        return {name: whole_state(value, keep) for name, value in state.items()}
+    if isinstance(state, list | tuple):
+        return type(state)(whole_state(value, keep) for value in state)
+    if isinstance(state, DTensor):
+        tensor = state.full_tensor()
+        return tensor.cpu() if keep else None
+    return state
+
+
+def like(value: Tensor, target: Tensor) -> Tensor:
+    """A whole tensor, sharded as the target is."""
+    if not isinstance(target, DTensor):
+        return value
+    return distribute_tensor(value.to(target.device), target.device_mesh, target.placements, src_data_rank=None)
+
+
+def restore(target: Any, state: Any) -> None:
+    """``target.load_state_dict`` of a whole state, for a module or an optimizer that may be sharded."""
+    if isinstance(target, nn.Module):
+        target.load_state_dict({name: like(state[name], p) for name, p in target.state_dict().items()})
+        return
+    target.load_state_dict(state)
+    if isinstance(target, torch.optim.Optimizer):
+        for parameter, values in target.state.items():
+            for name, value in values.items():
+                if isinstance(value, Tensor) and value.shape == parameter.shape:
+                    values[name] = like(value, parameter)
+
+
+def template(network: Network) -> Network:
+    """The network without its weights, on the meta device; to be made before the network is sharded."""
+    memo = {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in network.parameters()}
+    return copy.deepcopy(network, memo)  # type: ignore[arg-type]
+
+
+def whole_copy(template: Network, tensors: Mapping[str, Tensor]) -> Network:
+    """A network like the template, in eval mode, made of copies of tensors that may be sharded (then all must call)."""
+    values = {name: whole(tensor.detach()) for name, tensor in tensors.items()}
+    network = copy.deepcopy(template)
+    network.load_state_dict({name: v.clone() if v is tensors[name] else v for name, v in values.items()}, assign=True)
+    return network.eval()
+
+
+def connect(device: str = "auto", shard: bool = False) -> World:
     """Join the other processes if ``torchrun`` started this one; pick the device.
+
+    From then on a process that dies ends all others within a minute, with a message that names it.
 
     Raises:
         ValueError: CUDA is asked for and there is none.
     """
+    global _watch
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -93,11 +204,33 @@ def connect(device: str = "auto") -> World:
     elif device != "cpu":
         raise ValueError(f"unknown device {device!r}: choose auto, cpu or cuda")
     if size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(minutes=10))
-    return World(rank, size, torch.device(device))
+        store, _, _ = next(rendezvous("env://"))
+        own = store.clone()  # type: ignore[attr-defined]  # every TCP and file store has it
+        _watch = Watch(PrefixStore("watch", own), rank, size, socket.gethostname())
+        _watch.start()
+        backend = "cuda:nccl,cpu:gloo" if device.startswith("cuda") else "gloo"
+        dist.init_process_group(
+            backend, store=PrefixStore("group", store), rank=rank, world_size=size, timeout=timedelta(minutes=30)
+        )
+    if shard and size == 1:
+        raise ValueError("--shard splits a network over several processes: start them with torchrun, or leave it out")
+    return World(rank, size, torch.device(device), shard)
 
 
-def disconnect() -> None:
-    """Leave the process group, if this process is in one."""
-    if dist.is_available() and dist.is_initialized():
+def disconnect(error: BaseException | None = None) -> None:
+    """Leave the process group, if this process is in one; an error is passed on to the others, and ends them."""
+    global _watch
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    assert _watch is not None
+    if error is None:
+        _watch.sign("done")
+        dist.barrier()
+        _watch.ended.set()
         dist.destroy_process_group()
+    else:
+        if type(error) is RuntimeError or isinstance(error, dist.DistError):
+            _watch.wait()  # perhaps another process's death: then the watch names it
+        _watch.sign(f"failed {type(error).__name__}: {error}".splitlines()[0])
+        _watch.ended.set()
+    _watch = None

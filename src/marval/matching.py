@@ -7,14 +7,18 @@ frozen backbone that teacher, student and auxiliary share, its conditions are co
 import copy
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from marval import gsim
-from marval.checkpoint import load_strictly, load_tensors, save_tensors
+from marval.checkpoint import load_strictly, load_tensors
 from marval.config import GSIMConfig, StudentConfig
 from marval.diffusion import Schedule, guide, q_sample
+from marval.distributed import World, whole, whole_copy
+from marval.ema import EMA
 from marval.models.head import DiffusionHead
 from marval.models.mar import MAR
 from marval.sampling import gather_tokens, student_tokens
@@ -22,8 +26,8 @@ from marval.sampling import gather_tokens, student_tokens
 
 def with_head(network: MAR, head: DiffusionHead) -> MAR:
     """A MAR that shares the backbone of ``network`` (the same parameters) and has its own head."""
-    other = copy.copy(network)
-    other._modules = dict(network._modules)
+    other = MAR.__new__(MAR)  # not copy.copy: a sharded module cannot be copied
+    other.__dict__ = {**vars(network), "_modules": dict(network._modules)}
     other.head = head
     return other
 
@@ -54,6 +58,28 @@ def with_part(network: MAR, part: nn.Module) -> MAR:
         return with_head(network, part)
     assert isinstance(part, MAR)
     return part
+
+
+def shard_networks(world: World, base: MAR, *networks: MAR) -> list[MAR]:
+    """Split networks over the processes, if the world is sharded, with those that share the backbone of ``base``."""
+    if not world.sharded:
+        return list(networks)
+    sharing = [network.class_emb is base.class_emb for network in networks]
+    world.shard(base)
+    for network, shares in zip(networks, sharing, strict=True):
+        world.shard(network.head if shares else network)
+    pairs = zip(networks, sharing, strict=True)
+    return [with_head(base, network.head) if shares else network for network, shares in pairs]
+
+
+def averaged_network(network: MAR, ema: EMA[Any], blank: MAR) -> MAR:
+    """The network with the averages of its own part; whole, if it is sharded (then all processes must call)."""
+    part = ema.averaged()
+    if isinstance(network, FSDPModule) or isinstance(network.encoder_blocks[0], FSDPModule):
+        state = {name: value for name, value in network.state_dict().items() if not name.startswith("head.")}
+        head = {f"head.{name}": value for name, value in part.state_dict().items()}
+        return part if isinstance(part, MAR) else whole_copy(blank, state | head)
+    return with_part(network, part)
 
 
 @dataclass
@@ -116,12 +142,13 @@ class ScoreMatching:
         """Noise prediction of the auxiliary, unguided, (B, N, D)."""
         return self.auxiliary.head(x_t, t, condition, context.w).chunk(2, dim=-1)[0]
 
-    def auxiliary_loss(self, context: Context, z: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """Denoising score matching on detached student samples: a scalar."""
+    def auxiliary_loss(self, context: Context, z: Tensor, t: Tensor, eps: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Denoising score matching on detached student samples: a scalar, and what to watch."""
         with torch.no_grad():
             x_t = q_sample(self.schedule, self.generate(context, z), t, eps)
         condition = self.condition(self.auxiliary, context)
-        return gsim.auxiliary_loss(self.eps_auxiliary(context, x_t, t, condition), eps).mean()
+        loss = gsim.auxiliary_loss(self.eps_auxiliary(context, x_t, t, condition), eps).mean()
+        return loss, {"auxiliary_loss": loss}
 
     def student_loss(self, context: Context, z: Tensor, t: Tensor, eps: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """GSIM: the gradient flows through x_t into both head evaluations. A scalar, and what to watch."""
@@ -133,17 +160,17 @@ class ScoreMatching:
         eps_auxiliary = self.eps_auxiliary(context, x_t, t, condition)
         loss = gsim.student_loss(eps_teacher, eps_auxiliary, eps, self.config.lam, self.distance).mean()
         y = (eps_teacher - eps_auxiliary).detach().norm(dim=-1).mean()
-        return loss, {"y": y, "token_mean": x0.detach().mean(), "token_std": x0.detach().std()}
+        return loss, {"student_loss": loss, "y": y, "token_mean": x0.detach().mean(), "token_std": x0.detach().std()}
 
-    def save_scores(self, out: Path) -> None:
-        """scores.safetensors: teacher and auxiliary, as far as they do not share the student's backbone."""
+    def scores(self) -> dict[str, Tensor]:
+        """What `load_scores` reads: teacher and auxiliary, as far as they do not share the student's backbone."""
         tensors = {}
         for role, network in (("teacher", self.teacher), ("auxiliary", self.auxiliary)):
             shared = network.class_emb is self.student.class_emb
             for name, value in network.state_dict().items():
                 if name.startswith("head.") or not shared:
-                    tensors[f"{role}.{name}"] = value.clone()  # both may share one backbone
-        save_tensors(out / "scores.safetensors", tensors)
+                    tensors[f"{role}.{name}"] = whole(value).clone()  # both may share one backbone
+        return tensors
 
 
 def load_scores(folder: Path, student: MAR, guidance_input: bool) -> tuple[MAR, MAR]:
@@ -173,9 +200,9 @@ def load_scores(folder: Path, student: MAR, guidance_input: bool) -> tuple[MAR, 
 
 
 def draw_noise(
-    batch: int, num_masked: int, dim: int, t_range: tuple[int, int], generator: torch.Generator, rows: slice
+    batch: int, num_masked: int, dim: int, t_range: tuple[int, int], generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """z and eps (B, N, D) and t (B, N) of the whole batch, cut to this process's rows."""
-    z = torch.randn(batch, num_masked, dim, generator=generator, device=generator.device)[rows]
-    eps = torch.randn(batch, num_masked, dim, generator=generator, device=generator.device)[rows]
-    return z, gsim.draw_timesteps((batch, num_masked), t_range, generator)[rows], eps
+    """z (B, N, D), t (B, N) and eps (B, N, D) of a whole batch."""
+    z = torch.randn(batch, num_masked, dim, generator=generator, device=generator.device)
+    eps = torch.randn(batch, num_masked, dim, generator=generator, device=generator.device)
+    return z, gsim.draw_timesteps((batch, num_masked), t_range, generator), eps

@@ -14,18 +14,27 @@ import math
 import platform
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from marval import __version__
 from marval.checkpoint import load_state, read_json, save_state, write_json
 from marval.config import RunConfig, to_dict
-from marval.distributed import World
+from marval.data import ImageDataset, LazyImages, prefetch
+from marval.distributed import World, restore, whole, whole_state
+from marval.latents import LatentDataset
+from marval.models.mar import MAR
+
+Rest = TypeVar("Rest")
+Read = TypeVar("Read")
+FREE = ("device", "shard", "accumulate", "activation_checkpointing", "compile")
+"""Settings that say how a run computes, not what: they may change on resume, as may the number of processes."""
 
 
 class Stateful(Protocol):
@@ -104,7 +113,7 @@ class Run:
             if before["verb"] != verb:
                 raise ValueError(f"{out} holds a run of `marval {before['verb']}`, not of `marval {verb}`")
             for name in settings | before["config"]:
-                if settings.get(name) != before["config"].get(name):
+                if name not in FREE and settings.get(name) != before["config"].get(name):
                     values = f"{before['config'].get(name)!r}, not {settings.get(name)!r}"
                     raise ValueError(f"{out} was started with {name} = {values}: resume with the same settings")
         elif out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -129,7 +138,7 @@ class Run:
         if (self.out / "checkpoint.pt").exists():
             state = load_state(self.out / "checkpoint.pt")
             for name, target in stateful.items():
-                target.load_state_dict(state[name])
+                restore(target, state[name])
             extra.update(state["extra"])
             step = state["step"]
         if self.world.is_main and self.metrics_file.exists():  # drop what was logged after the checkpoint
@@ -139,8 +148,12 @@ class Run:
 
     def save(self, step: int) -> None:
         """Write the checkpoint atomically. ``step`` updates are done."""
+        state = {}
+        if self.world.gathers:
+            state = {
+                name: whole_state(source.state_dict(), self.world.is_main) for name, source in self.stateful.items()
+            }
         if self.world.is_main:
-            state = {name: source.state_dict() for name, source in self.stateful.items()}
             save_state(self.out / "checkpoint.pt", {**state, "extra": self.extra, "step": step})
             self._write_meta(step)
 
@@ -155,6 +168,12 @@ class Run:
     def is_due(self, every: int, step: int) -> bool:
         """Whether something that happens every so many updates happens after update ``step``; always at the end."""
         return every > 0 and (step % every == 0 or step == self.config.steps)
+
+    def read_ahead(self, read: Callable[[int], Read], start: int, data: ImageDataset | LatentDataset) -> Iterator[Read]:
+        """``read(step)`` of each remaining update; one ahead, in the background, where data come from files."""
+        steps = range(start, self.config.steps)
+        on_disk = isinstance(data, LatentDataset) or isinstance(data.images, LazyImages)
+        return prefetch(read, steps) if on_disk else map(read, steps)
 
     def progress(self, start: int) -> "Progress":
         """Iterate over the remaining updates with a progress bar."""
@@ -192,7 +211,22 @@ class Progress:
 
 def autocast(config: RunConfig, device: torch.device) -> torch.autocast:
     """The run's precision: bfloat16 matrix products, or nothing."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
+    enabled = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+
+
+def prepare(network: MAR, config: RunConfig) -> None:
+    """Switch on a network, before it is sharded, what the run asks for: activation checkpointing, compiled blocks."""
+    network.activation_checkpointing = config.activation_checkpointing
+    if config.compile:
+        for block in [*network.encoder_blocks, *network.decoder_blocks, *network.head.res_blocks]:
+            block.compile()
+
+
+def add_weighted(sums: dict[str, Tensor], weight: float, values: dict[str, Tensor]) -> None:
+    """Add weight times each value to the sum of its name."""
+    for name, value in values.items():
+        sums[name] = sums.get(name, torch.zeros_like(value.detach(), dtype=torch.float32)) + weight * value.detach()
 
 
 def warmup_then_cosine(step: int, steps: int, warmup: int, decay: bool) -> float:
@@ -202,42 +236,74 @@ def warmup_then_cosine(step: int, steps: int, warmup: int, decay: bool) -> float
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))) if decay else 1.0
 
 
+class _Evaluate(nn.Module):
+    """Holds a network and evaluates any function of it, so that DistributedDataParallel sees the forward pass."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, function: Callable[..., Any], *args: Any) -> Any:
+        return function(*args)
+
+
 class Update:
-    """One network's optimizer step: gradients of chosen parameters only, averaged, checked, clipped.
+    """One network's optimizer step from the gradients of its own parameters, averaged over the processes, checked and
+    clipped. A loss may pass through other networks: they are left without gradients."""
 
-    ``torch.autograd.grad`` leaves every other network that the loss passes through without gradients.
-    """
-
-    def __init__(self, name: str, module: nn.Module, optimizer: torch.optim.Optimizer, clip_grad: float, world: World):
+    def __init__(self, name: str, module: nn.Module, optimizer: torch.optim.Optimizer, config: RunConfig, world: World):
         self.name, self.module, self.optimizer = name, module, optimizer
         self.parameters = list(module.parameters())
-        self.clip_grad, self.world = clip_grad, world
+        self.config, self.world = config, world
         self.base_lr = [group["lr"] for group in optimizer.param_groups]
+        self.evaluate: nn.Module = _Evaluate(module)
+        if world.size > 1 and not world.sharded:
+            self.evaluate = DistributedDataParallel(self.evaluate, gradient_as_bucket_view=True)
+        self.loss: Tensor | None = None
 
-    def gradients(self, loss: Tensor) -> list[Tensor]:
-        """Gradients of a scalar loss; zero for a parameter that it does not reach."""
-        return list(torch.autograd.grad(loss, self.parameters, allow_unused=True, materialize_grads=True))
+    def backward(
+        self, function: Callable[..., tuple[Tensor, Rest]], *args: Any, weight: float = 1.0, last: bool = True
+    ) -> tuple[Tensor, Rest]:
+        """Call ``function(*args)``, which returns a loss and anything else, and add up weight times its gradient.
 
-    def apply(self, loss: Tensor, gradients: list[Tensor], step: int, lr_factor: float = 1.0) -> Tensor:
+        The function is called in the run's precision.
+
+        Args:
+            last: no other call follows before `step`: the processes exchange their sums.
+
+        Returns:
+            What the function returned, the loss detached.
+        """
+        if self.loss is None:  # sharded networks get gradients from the losses of others
+            self.optimizer.zero_grad()
+            self.loss = torch.zeros((), device=self.world.device)
+        distributed = isinstance(self.evaluate, DistributedDataParallel)
+        with contextlib.nullcontext() if last or not distributed else self.evaluate.no_sync():  # type: ignore[operator]
+            with autocast(self.config, self.world.device):
+                loss, rest = self.evaluate(function, *args)
+            (weight * loss).backward(inputs=None if self.world.sharded else self.parameters)
+        self.loss += weight * loss.detach()
+        return loss.detach(), rest
+
+    def step(self, step: int, lr_factor: float = 1.0) -> Tensor:
         """Step the optimizer; returns the gradient's norm before clipping.
 
         Raises:
             FloatingPointError: the loss or a gradient is not finite; names the step, the network and the tensor.
         """
-        self.world.average(gradients)
-        norm = nn.utils.get_total_norm(gradients)
-        if not torch.isfinite(norm + loss.detach()):
-            what = "loss"
-            for (name, _), gradient in zip(self.module.named_parameters(), gradients, strict=True):
-                if not gradient.isfinite().all():
-                    what = f"gradient of {name}"
-                    break
+        assert self.loss is not None
+        gradients = {name: p.grad for name, p in self.module.named_parameters() if p.grad is not None}
+        norm = whole(nn.utils.get_total_norm(list(gradients.values())))
+        if not torch.isfinite(norm + self.loss):
+            bad = [
+                f"gradient of {name}" for name, gradient in gradients.items() if not whole(gradient).isfinite().all()
+            ]
+            what = (bad or ["loss"])[0]
             raise FloatingPointError(f"step {step}: the {what} of the {self.name} is not finite; last checkpoint kept")
-        for parameter, gradient in zip(self.parameters, gradients, strict=True):
-            parameter.grad = gradient
-        nn.utils.clip_grads_with_norm_(self.parameters, self.clip_grad, norm)
+        nn.utils.clip_grads_with_norm_(self.parameters, self.config.clip_grad, norm)
         for group, lr in zip(self.optimizer.param_groups, self.base_lr, strict=True):
             group["lr"] = lr * lr_factor
         self.optimizer.step()
         self.optimizer.zero_grad()
+        self.loss = None
         return norm

@@ -31,10 +31,10 @@ def diffusion_chain(
     temperature: float = 1.0, clamp: Clamp = None,
 ) -> DrawTokens:  # fmt: skip
     """The teacher's draw: the inner chain over every step of ``schedule`` (respace it for fewer)."""
-    time_embeddings = head.time_embed(schedule.timesteps.to(noise.device))
+    time_embeddings = head.embed_time(schedule.timesteps.to(noise.device))
 
     def draw(condition: Tensor, null: Tensor | None, z: Tensor, w: float | Tensor) -> Tensor:
-        embedded = head.cond_embed(condition if null is None else torch.cat([condition, null]))
+        embedded = head.embed_condition(condition if null is None else torch.cat([condition, null]))
 
         def network(x: Tensor, i: int) -> Tensor:
             if null is None:

@@ -8,25 +8,64 @@ from torch import Tensor
 
 from marval import masking, rng
 from marval.config import TrainConfig
-from marval.data import batch_indices, image_grid, load_dataset, random_shift, save_png
-from marval.diffusion import cosine_schedule, denoising_loss, q_sample
-from marval.distributed import connect
+from marval.data import ImageDataset, batch_indices, batch_tokens, image_grid, load_data, save_png
+from marval.diffusion import Schedule, cosine_schedule, denoising_loss, q_sample
+from marval.distributed import connect, template
 from marval.ema import EMA
+from marval.latents import LatentDataset
 from marval.models.mar import MAR
 from marval.pipeline import Pipeline
-from marval.run import Run, Update, autocast, warmup_then_cosine
+from marval.run import Run, Update, add_weighted, prepare, warmup_then_cosine
 from marval.sampling import gather_tokens
-from marval.tokenizers import PixelTokenizer, to_float
+from marval.tokenizers import Tokenizer, load_tokenizer
 
 
-def build_teacher(config: TrainConfig, image_shape: tuple[int, ...], class_names: list[str]) -> Pipeline:
-    """A freshly initialised teacher for images (H, W, C)."""
-    tokenizer = PixelTokenizer(image_size=image_shape[0], channels=image_shape[2], patch_size=config.patch_size)
+def tokenizer_for(config: TrainConfig, data: ImageDataset | LatentDataset) -> Tokenizer:
+    """The tokenizer that the settings name, or the one that made the latents."""
+    if isinstance(data, LatentDataset):
+        return load_tokenizer(str(data.tokenizer_folder), data.image_size, config.patch_size)
+    size, channels = data.images.shape[1], data.images.shape[3]
+    return load_tokenizer(config.tokenizer, size, config.patch_size, channels)
+
+
+def build_teacher(config: TrainConfig, tokenizer: Tokenizer, class_names: list[str]) -> Pipeline:
+    """A freshly initialised teacher for the tokens of a tokenizer."""
     sizes = {"grid": tokenizer.grid, "token_dim": tokenizer.token_dim, "num_classes": len(class_names)}
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(config.seed)
         network = MAR(dataclasses.replace(config.model, **sizes))
     return Pipeline(network, tokenizer, class_names, config.sampling)
+
+
+def adamw(network: MAR, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW with betas (0.9, 0.95); vectors and learned positions have no weight decay, as in MAR."""
+    matrices = [p for name, p in network.named_parameters() if p.ndim > 1 and "embed_learned" not in name]
+    vectors = [p for name, p in network.named_parameters() if p.ndim <= 1 or "embed_learned" in name]
+    return torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+        lr=config.lr, betas=(0.9, 0.95), fused=True,
+    )  # fmt: skip
+
+
+def teacher_loss(
+    network: MAR, schedule: Schedule, tokens: Tensor, visible: Tensor, masked: Tensor, labels: Tensor, t: Tensor,
+    eps: Tensor,
+) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
+    """MAR's training loss: noise prediction and variance of every masked token (arXiv 2406.11838, eq. 2).
+
+    Args:
+        tokens: (B, L, D). visible: (B, V), masked: (B, N) positions. labels: (B,). t: (B, N, M) timesteps of M noisy
+            copies of each masked token. eps: (B, N, M, D).
+
+    Returns:
+        A scalar, and its two parts.
+    """
+    condition = gather_tokens(network.condition(tokens, visible, labels), masked)
+    x0 = gather_tokens(tokens, masked).unsqueeze(2).expand_as(eps)
+    x_t = q_sample(schedule, x0, t, eps)
+    mse, vb = denoising_loss(schedule, network.head(x_t, t, condition.unsqueeze(2)), x0, x_t, t, eps)
+    loss = (mse + vb).mean()
+    return loss, {"loss": loss, "mse": mse.mean(), "vb": vb.mean()}
 
 
 def draw_masks(count: int, length: int, num_masked: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -36,7 +75,9 @@ def draw_masks(count: int, length: int, num_masked: int, generator: torch.Genera
 
 
 def save_sample_grid(run: Run, model: Pipeline, step: int, rows: int = 4) -> None:
-    """samples/step-*.png: up to ten classes in columns, always the same seeds."""
+    """samples/step-*.png: up to ten classes in columns, always the same seeds; none for a model of latents alone."""
+    if not model.tokenizer.has_images:
+        return
     classes = list(range(min(10, len(model.class_names))))
     images = model.sample(classes, num_images=rows * len(classes), seed=run.config.seed)
     (run.out / "samples").mkdir(exist_ok=True)
@@ -46,74 +87,77 @@ def save_sample_grid(run: Run, model: Pipeline, step: int, rows: int = 4) -> Non
 
 def train(config: TrainConfig, out: Path, resume: bool = False) -> Pipeline:
     """Run `marval train`: returns the averaged model, which is also saved in ``out``."""
-    world = connect(config.device)
-    rows = world.rows(config.batch)
-    data = load_dataset(config.data, "train", config.image_size)
-    model = build_teacher(config, data.images.shape[1:], data.class_names).to(world.device)
+    world = connect(config.device, config.shard)
+    parts = world.parts(config.batch, config.accumulate)
+    data = load_data(config.data, "train", config.image_size, config.classes)
+    tokenizer = tokenizer_for(config, data)
+    model = build_teacher(config, tokenizer, data.class_names).to(world.device)
     model.settings()
-    network, tokenizer, length = model.network, model.tokenizer, model.network.config.num_tokens
-    images = torch.from_numpy(data.images)
-    labels = torch.from_numpy(data.labels)
+    network, length = model.network, model.network.config.num_tokens
+    labels_of_data = torch.from_numpy(data.labels)
     schedule = cosine_schedule()
-    matrices = [p for name, p in network.named_parameters() if p.ndim > 1 and "embed_learned" not in name]
-    vectors = [p for name, p in network.named_parameters() if p.ndim <= 1 or "embed_learned" in name]
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
-        lr=config.lr, betas=(0.9, 0.95), fused=True,
-    )  # fmt: skip
-    update = Update("teacher", network, optimizer, config.clip_grad, world)
-    ema = EMA(network, config.ema)
+    blank = template(network)
+    prepare(network, config)
+    world.shard(network)
+    optimizer = adamw(network, config)
+    update = Update("teacher", network, optimizer, config, world)
+    ema = EMA(network, config.ema, blank)
     run = Run(out, "train", config, resume, world)
     start = run.restore({"network": network, "ema": ema, "optimizer": optimizer}, {})
 
     def averaged() -> Pipeline:
         provenance = {"verb": "train", "data": data.source, "data_licence": data.licence}
-        return Pipeline(ema.averaged(network), tokenizer, data.class_names, config.sampling, None, provenance)
+        return Pipeline(ema.averaged(), tokenizer, data.class_names, config.sampling, None, provenance)
+
+    def read(step: int) -> tuple[Tensor, Tensor]:
+        """Tokens of this process's rows, and labels of the whole batch."""
+        index = batch_indices(len(data), config.batch, step, config.seed)
+        g = rng.generator(config.seed, 7, step, device=world.device)
+        own = batch_tokens(data, tokenizer, index, world.rows(config.batch), g, config.shift, config.flip)
+        return own, labels_of_data[index].to(world.device)
 
     progress = run.progress(start)
-    for step in progress:
-        # ---- draw: the numbers of the whole batch, then this process's rows
+    for step, (own_tokens, labels) in zip(progress, run.read_ahead(read, start, data), strict=True):
+        # ---- draw: the numbers of the whole batch; each part takes its rows
         g = rng.generator(config.seed, 1, step, device=world.device)
         host = rng.generator(config.seed, 2, step)
-        index = torch.from_numpy(batch_indices(len(data), config.batch, step, config.seed))
-        pixels = random_shift(to_float(images[index]), config.shift, host)[rows].to(world.device)
         dropped = torch.rand(config.batch, generator=g, device=world.device) < config.class_drop
-        label = torch.where(dropped, network.config.num_classes, labels[index].to(world.device))[rows]
+        labels = torch.where(dropped, network.config.num_classes, labels)
         share = float(torch.rand((), generator=host))
         if config.mask_ratios == "training":
             num_masked = masking.training_masked_count(length, share)
         else:
             num_masked = masking.inference_masked_count(length, config.sampling.ar_steps, share)
-        visible, masked = (x[rows] for x in draw_masks(config.batch, length, num_masked, g))
+        visible, masked = draw_masks(config.batch, length, num_masked, g)
         shape = (config.batch, num_masked, config.head_batch_mul)
-        t = torch.randint(0, len(schedule), shape, generator=g, device=world.device)[rows]
-        eps = torch.randn(*shape, tokenizer.token_dim, generator=g, device=world.device)[rows]
-        rng.seed_dropout(config.seed, 3, step, world.rank)
+        t = torch.randint(0, len(schedule), shape, generator=g, device=world.device)
+        eps = torch.randn(*shape, tokenizer.token_dim, generator=g, device=world.device)
 
         # ---- update
         network.train()
-        tokens = tokenizer.encode(pixels)
-        with autocast(config, world.device):
-            condition = gather_tokens(network.condition(tokens, visible, label), masked)
-            x0 = gather_tokens(tokens, masked).unsqueeze(2).expand_as(eps)
-            x_t = q_sample(schedule, x0, t, eps)
-            head_out = network.head(x_t, t, condition.unsqueeze(2))
-        mse, vb = denoising_loss(schedule, head_out, x0, x_t, t, eps)
-        loss = (mse + vb).mean()
+        watched: dict[str, Tensor] = {}
+        for rows, own, weight in parts:
+            rng.seed_dropout(config.seed, 3, step, rows.start)
+            _, values = update.backward(
+                teacher_loss, network, schedule, own_tokens[own], visible[rows], masked[rows], labels[rows], t[rows],
+                eps[rows], weight=weight, last=rows is parts[-1].rows,
+            )  # fmt: skip
+            add_weighted(watched, weight, values)
         lr_factor = warmup_then_cosine(step, config.steps, config.warmup, config.decay)
-        grad_norm = update.apply(loss, update.gradients(loss), step, lr_factor)
+        grad_norm = update.step(step, lr_factor)
         ema.update(network)
 
         # ---- log, save, look
         done = step + 1
         if run.is_due(config.log_every, done):
-            means = world.mean(torch.stack([loss.detach(), mse.detach().mean(), vb.detach().mean()])).tolist()
-            values = dict(zip(("loss", "mse", "vb"), means, strict=True))
-            progress.show(run.log(done, **values, grad_norm=grad_norm, lr=config.lr * lr_factor))
-        if world.is_main and run.is_due(config.save_every, done):
-            averaged().save(out)
-        if world.is_main and run.is_due(config.sample_every, done):
-            save_sample_grid(run, averaged(), done)
-        if run.is_due(config.save_every, done):
+            progress.show(run.log(done, **world.means(watched), grad_norm=grad_norm, lr=config.lr * lr_factor))
+        save, look = run.is_due(config.save_every, done), run.is_due(config.sample_every, done)
+        if world.gathers and (save or look):
+            current = averaged()
+            if world.is_main and save:
+                current.save(out)
+            if world.is_main and look:
+                save_sample_grid(run, current, done)
+        if save:
             run.save(done)  # last: a killed run repeats what the checkpoint does not know
     return averaged().to(world.device)

@@ -100,6 +100,14 @@ class DiffusionHead(nn.Module):
             y = y + self.guidance_embed(100 * w)
         return y
 
+    def embed_time(self, t: Tensor) -> Tensor:
+        """The part of `embed` that depends on the timestep: once per chain for all its steps."""
+        return self.time_embed(t)
+
+    def embed_condition(self, c: Tensor) -> Tensor:
+        """The part of `embed` that depends on the condition: once for all steps of a chain."""
+        return self.cond_embed(c)
+
     def denoise(self, x: Tensor, y: Tensor) -> Tensor:
         """x (..., D), y (..., width) from `embed` -> (..., 2 D) float32."""
         x, h = self.input_proj(x), F.silu(y)  # the first layer of every adaLN_modulation, computed once

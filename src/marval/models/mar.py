@@ -68,6 +68,8 @@ class MAR(nn.Module):
     def __init__(self, config: MARConfig, guidance_input: bool = False):
         super().__init__()
         self.config = config
+        self.activation_checkpointing = False
+        """Recompute blocks in the backward pass instead of storing their activations."""
         width, length = config.width, config.num_tokens + config.buffer_size
         self.class_emb = nn.Embedding(config.num_classes, width)
         self.fake_latent = nn.Parameter(torch.empty(1, width))
@@ -98,7 +100,7 @@ class MAR(nn.Module):
 
     def _blocks(self, blocks: nn.ModuleList, x: Tensor) -> Tensor:
         for block in blocks:
-            if self.config.activation_checkpointing and torch.is_grad_enabled():
+            if self.activation_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, use_reentrant=False)  # type: ignore[assignment]
             else:
                 x = block(x)
