@@ -1,14 +1,16 @@
-"""Measure a model: Frechet distance and accuracy over the features of a classifier, rewards, latency.
+"""Measure a model: Frechet distances, Inception Score, KID, precision and recall, class accuracy, rewards.
 
-Every number is taken with the seeds, counts and settings that are written next to it. A Frechet distance here is over
-the features of the named classifier, never over Inception's; compare it within one table only.
+Every number is taken with the seeds, counts and settings that are written next to it, and over the features of the
+named network; compare within one network only. Images never touch the disk: they are drawn in chunks, and what the
+metrics need of each chunk is kept.
 """
 
-import re
-import statistics
+import hashlib
+import json
+import shutil
+import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,67 +19,43 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from marval import masking
-from marval.checkpoint import write_atomically, write_json
-from marval.config import to_dict
-from marval.data import image_grid, load_dataset, read_images, save_png
+from marval import reference as references
+from marval.checkpoint import read_json, write_atomically, write_json
+from marval.config import EvaluateConfig, RunConfig, to_dict
 from marval.distributed import World, connect
+from marval.draw import file_name
+from marval.draw import head_evaluations_per_token as head_evaluations_per_token  # these are imported from here too
+from marval.draw import sample_in_turn as sample_in_turn
+from marval.draw import save_images as save_images
+from marval.draw import seconds_per_image as seconds_per_image
+from marval.draw import write_npz as write_npz
+from marval.features import BATCH, FeatureNetwork, classifier_features, load_features
+from marval.images import save_png
+from marval.metrics import (
+    Moments,
+    Statistics,
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    mean_interval,
+    precision_recall,
+)
 from marval.models.classifier import Classifier
 from marval.pipeline import Pipeline
-from marval.run import new_folder, versions, writable_folder
-from marval.tokenizers import to_float
+from marval.reference import Reference, chunk_rows, gather_chunks, load_reference, num_chunks, rounds
+from marval.rewards import UserReward, class_prompts, load_reward, score
+from marval.rng import generator
+from marval.run import autocast, new_folder, versions, writable_folder
+from marval.tables import check_matplotlib, one_line, plot, result_table, sweep_table
+from marval.tokenizers import to_float, to_uint8
+
+SPLITS, NEIGHBOURS = 10, 3
+"""Of the Inception Score; of precision and recall."""
+_KID_KEY = 0x41D  # sets the stream of KID's subsets apart from every other use of the seed
+Reward = Callable[[Tensor, list[str]], Tensor]
 
 
-@dataclass
-class Moments:
-    """Mean (F,) and covariance (F, F) of features, float64, with the number of images (0 if unknown)."""
-
-    mu: np.ndarray
-    sigma: np.ndarray
-    count: int = 0
-
-
-class Statistics:
-    """Streaming float64 mean and covariance, independent of how the images are batched."""
-
-    def __init__(self, dim: int):
-        self.count, self.total, self.products = 0, np.zeros(dim), np.zeros((dim, dim))
-
-    def add(self, features: Tensor) -> None:
-        """Features (B, F)."""
-        x = features.detach().double().cpu().numpy()
-        self.count += len(x)
-        self.total += x.sum(0)
-        self.products += x.T @ x
-
-    def moments(self) -> Moments:
-        """Unbiased, as np.cov.
-
-        Raises:
-            ValueError: fewer than two images.
-        """
-        if self.count < 2:
-            raise ValueError(f"a Frechet distance needs at least 2 images, got {self.count}")
-        mu = self.total / self.count
-        sigma = (self.products - self.count * np.outer(mu, mu)) / (self.count - 1)
-        return Moments(mu, sigma, self.count)
-
-
-def frechet_distance(a: Moments, b: Moments) -> float:
-    """|mu_a - mu_b|^2 + Tr(S_a + S_b - 2 (S_a S_b)^(1/2)) (Heusel et al. 2017, eq. 6).
-
-    The trace of the root is that of (S_a^(1/2) S_b S_a^(1/2))^(1/2), a symmetric matrix, so eigenvalues do.
-
-    Raises:
-        ValueError: the two have different numbers of features.
-    """
-    if a.mu.shape != b.mu.shape:
-        raise ValueError(f"statistics of {len(a.mu)} features cannot be compared with {len(b.mu)}: use one network")
-    values, vectors = np.linalg.eigh(a.sigma)
-    root = vectors * np.sqrt(values.clip(min=0)) @ vectors.T
-    product_root = np.sqrt(np.linalg.eigvalsh(root @ b.sigma @ root).clip(min=0))
-    difference = a.mu - b.mu
-    return float(difference @ difference + np.trace(a.sigma) + np.trace(b.sigma) - 2 * product_root.sum())
+# ---- images in memory, features of a classifier
 
 
 @torch.no_grad()
@@ -94,26 +72,8 @@ def image_moments(images: np.ndarray, network: Classifier, batch: int = 512) -> 
 
 
 def reference_moments(reference: str, network: Classifier) -> Moments:
-    """Moments of ``digits`` (training split), of a folder or .npz of images, or an .npz with ``mu`` and ``sigma``.
-
-    Raises:
-        ValueError: no such file, or neither images nor statistics in it.
-    """
-    if reference == "digits":
-        return image_moments(load_dataset("digits", "train").images, network)
-    path = Path(reference)
-    if path.suffix == ".npz" and path.exists():
-        try:
-            with open(path, "rb") as opened, np.load(opened) as file:
-                arrays = {name: file[name] for name in ("mu", "sigma") if name in file.files}
-        except Exception as error:  # numpy raises ValueError, OSError, EOFError, BadZipFile, ...
-            raise ValueError(f"{path} cannot be read as .npz ({type(error).__name__}): give another") from None
-        if len(arrays) == 2:
-            mu, sigma = (arrays[name].astype(np.float64) for name in ("mu", "sigma"))
-            if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
-                raise ValueError(f"{path}: mu {mu.shape} and sigma {sigma.shape} must be (F,) and (F, F)")
-            return Moments(mu, sigma)
-    return image_moments(read_images(path), network)
+    """Moments of real images over a classifier's features; see `load_reference`."""
+    return load_reference(reference, classifier_features(network)).moments
 
 
 @torch.no_grad()
@@ -128,164 +88,320 @@ def class_accuracy(images: np.ndarray, labels: np.ndarray, judge: Classifier, ba
     return right / len(images), log_prob / len(images)
 
 
-def sample_in_turn(
-    model: Pipeline, classes: Sequence[int | str | None], num_images: int, seed: int, world: World | None = None, *,
-    batch_size: int = 250, title: str = "", **settings: Any,
-) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
-    """Images of the classes in turn, drawn by all processes: image i has class i modulo their number.
-
-    Returns:
-        uint8 NHWC images and their int64 labels (num_classes for unconditional ones), complete on every process.
-    """
-    rank, size = (world.rank, world.size) if world else (0, 1)
-    share, parts = -(-num_images // size), []
-    labels = np.array([model.label(classes[i % len(classes)]) for i in range(size * share)])
-    names = [*range(len(model.class_names)), None]
-    bar = tqdm(total=share, desc=f"{title:<8}", unit="img", delay=2, disable=rank > 0, mininterval=1)
-    for start in range(rank * share, (rank + 1) * share, batch_size):
-        stop = min(start + batch_size, (rank + 1) * share)
-        asked = [names[label] for label in labels[start:stop]]
-        parts.append(model.sample(asked, seed=seed, first_image=start, batch_size=batch_size, **settings))
-        bar.update(stop - start)
-    bar.close()
-    images = np.concatenate(parts)
-    if world is not None:
-        images = world.gather_rows(torch.from_numpy(images).to(world.device)).cpu().numpy()
-    return images[:num_images], labels[:num_images]
+# ---- a model measured
 
 
-def seconds_per_image(models: dict[str, Pipeline], batch: int, repeats: int = 10) -> dict[str, float]:
-    """Median wall time of one batch of each model, per image, decoding included, after a warm-up.
-
-    The models take turns, so that a slow spell of the machine meets all of them.
-    """
-    times: dict[str, list[float]] = {name: [] for name in models}
-    for repeat in range(repeats + 1):
-        for name, model in models.items():
-            classes = [i % len(model.class_names) for i in range(batch)]
-            start = time.perf_counter()
-            model.sample(classes, seed=repeat, batch_size=batch)
-            times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values[1:]) / batch for name, values in times.items()}
-
-
-def head_evaluations_per_token(model: Pipeline) -> int:
-    """Rows that the head computes for each token: steps, twice under guidance; 1 for a student."""
-    if model.student is not None:
-        return 1
-    return model.sampling.head_steps * (2 if model.sampling.guidance != 1 else 1)
+@torch.no_grad()
+def draw(
+    model: Pipeline, labels: Sequence[int], first: int, config: EvaluateConfig, settings: Mapping[str, Any]
+) -> np.ndarray:
+    """Images number ``first`` and on, of these labels, uint8 NHWC. The tokenizer decodes in float32, few at a time."""
+    with autocast(RunConfig(precision=config.precision), model.device):
+        tokens = model.sample_tokens(
+            labels, seed=config.seed, first_image=first, batch_size=config.batch, **settings
+        )  # fmt: skip
+    parts = [to_uint8(model.tokenizer.decode(part.to(model.device))).cpu() for part in tokens.split(BATCH)]
+    return torch.cat(parts).numpy()
 
 
 def evaluate(
-    model: Pipeline, reference: str, features: Classifier, num_images: int, seed: int = 0, world: World | None = None,
-    **settings: Any,
+    model: Pipeline, reference: Reference, network: FeatureNetwork, config: EvaluateConfig,
+    settings: Mapping[str, Any] | None = None, *, world: World | None = None,
+    rewards: Mapping[str, Reward] | None = None, partial: Path | None = None, png: Path | None = None,
+    weights: str = "", title: str = "evaluate",
 ) -> dict[str, Any]:  # fmt: skip
-    """One row of results: Frechet distance to the reference and accuracy, with the protocol.
+    """One row of results, with its protocol; on the first process only, the others get {}.
+
+    Images are drawn and seen by the network in chunks of fixed borders, so that on one kind of machine the number of
+    processes, an interruption and, as far as the device's arithmetic does not depend on it, the batch change nothing.
 
     Args:
-        reference: see `reference_moments`. features: network of the features; it also reads the class.
+        reference: of the same network. config: num_images, seed, batch, precision and prompt are read here.
+        settings: overrides of the model's sampling defaults.
+        rewards: callables (images float NCHW in [0, 1], prompts) -> (B,), by name.
+        partial: folder of the finished chunks' features, from which an interrupted evaluation goes on; the caller
+            removes it. png: folder for the images. weights: `weights_digest`, needed if the model is sharded.
+
+    Raises:
+        ValueError: settings that the model does not serve, a reference of other features, or a ``partial`` of another
+            model or other settings.
     """
-    moments = reference_moments(reference, features)
-    names = list(range(len(model.class_names)))
-    images, labels = sample_in_turn(model, names, num_images, seed, world, title="sample", **settings)
-    config = model.settings(**settings)
-    results: dict[str, Any] = {"fid": frechet_distance(moments, image_moments(images, features))}
-    if features.class_names == model.class_names:
-        results["accuracy"] = class_accuracy(images, labels, features)[0]
-    protocol = {
-        "features": f"penultimate layer of a {features.config.arch} classifier ({features.provenance.get('data')})",
-        "reference": reference, "reference_images": moments.count, "num_images": num_images, "seed": seed,
-        "kind": "teacher" if model.student is None else "student", **to_dict(config),
-    }  # fmt: skip
+    world, settings, rewards = world or World(0, 1, model.device), dict(settings or {}), dict(rewards or {})
+    sampling = to_dict(model.settings(**settings))
     if model.student is not None:
-        protocol["head_steps"] = 1
-    return {**results, "protocol": protocol, "versions": versions(model.device)}
+        sampling["head_steps"] = 1
+    check_features(model, reference, network)
+    bf16 = config.precision == "bf16" or (config.precision == "auto" and model.device.type == "cuda")
+    protocol: dict[str, Any] = {
+        "model": weights or weights_digest(model), "kind": "teacher" if model.student is None else "student",
+        "weights": config.weights, **sampling, "precision": "bf16" if bf16 else "float32",
+        "num_images": config.num_images, "seed": config.seed,
+        "features": network.name, "features_sha256": network.digest, "preprocessing": network.preprocessing,
+        "reference": reference.name, "reference_source": reference.source,
+        "reference_images": reference.count or "unknown",
+    }  # fmt: skip
+    if rewards:
+        protocol["prompt"] = config.prompt
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = partial or Path(temporary)
+        finished = folder / "results.json"
+        settings_file = protocol | {"rewards": sorted(rewards), "png": str(png or ""), "chunk": references.CHUNK}
+        pending = _pending(folder, settings_file, finished, world)
+        _measure_chunks(model, pending, folder, network, config, settings, rewards, world, png, title)
+        if not world.is_main:
+            return {}
+        if not finished.exists():
+            results, seconds = _summary(model, reference, network, config, folder)
+            timing = {"seconds_per_image": seconds, "batch": min(config.batch, references.CHUNK)}
+            about = {"protocol": protocol, "timing": timing, "versions": versions(world.device)}
+            write_json(finished, results | about)
+            for i in range(num_chunks(config.num_images)):
+                (folder / _chunk_file(i)).unlink()
+        return read_json(finished)
+
+
+def check_features(model: Pipeline, reference: Reference, network: FeatureNetwork) -> None:
+    """Raises ValueError if the network cannot see the model's images, or the reference has other features."""
+    size, channels = model.tokenizer.image_size, model.tokenizer.image_channels
+    trial = network(np.zeros((1, size, size, channels), np.uint8)).parts()
+    for kind, moments in (("pooled", reference.moments), ("spatial", reference.spatial)):
+        if kind in trial and moments is not None and len(moments.mu) != trial[kind].shape[1]:
+            counts = f"{len(moments.mu)} {kind} features, {network.name} gives {trial[kind].shape[1]}"
+            raise ValueError(f"reference {reference.name} has {counts}: use the network that it was made with")
+
+
+def weights_digest(model: Pipeline) -> str:
+    """Start of the SHA-256 of the network's tensors, by name."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.network.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return f"sha256 {digest.hexdigest()[:16]}"
+
+
+def _pending(folder: Path, settings: dict[str, Any], finished: Path, world: World) -> list[int]:
+    """The chunks that are not in the folder yet; a new folder gets the settings, one of other settings is refused."""
+    chunks = range(num_chunks(settings["num_images"]))
+    done = torch.zeros(1, len(chunks), dtype=torch.uint8)
+    if world.is_main:
+        settings = json.loads(json.dumps(settings))
+        if (folder / "settings.json").exists():
+            before = read_json(folder / "settings.json")
+            for name in settings | before:
+                if settings.get(name) != before.get(name):
+                    values = f"{before.get(name)!r}, not {settings.get(name)!r}"
+                    raise ValueError(f"{folder} was begun with {name} = {values}: use the same, or remove the folder")
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(folder / "settings.json", settings)
+        done[0] = torch.tensor([finished.exists() or (folder / _chunk_file(i)).exists() for i in chunks])
+    return [i for i, is_done in zip(chunks, world.gather_rows(done)[0].tolist(), strict=True) if not is_done]
+
+
+def _chunk_file(index: int) -> str:
+    return f"chunk-{index:06d}.npz"
+
+
+def _measure_chunks(
+    model: Pipeline, pending: list[int], folder: Path, network: FeatureNetwork, config: EvaluateConfig,
+    settings: Mapping[str, Any], rewards: Mapping[str, Reward], world: World, png: Path | None, title: str,
+) -> None:  # fmt: skip
+    """Draw the pending chunks, all processes in lock step, and keep what the metrics need of each in a file."""
+    count, num_classes = config.num_images, len(model.class_names)
+    prompts = class_prompts(config.prompt, model.class_names) if rewards else []
+    left = sum(len(chunk_rows(i, count)) for i in pending)
+    bar = tqdm(
+        total=count, initial=count - left, desc=title, unit="img", delay=2, disable=not world.is_main,
+        dynamic_ncols=True,
+    )  # fmt: skip
+    for mine, group in rounds(pending, world):
+        counts = [len(chunk_rows(i, count)) for i in group]
+        first, own = chunk_rows(mine, count).start, len(chunk_rows(mine, count))
+        labels = [(first + i) % num_classes for i in range(max(counts))]  # surplus images keep the processes in step
+        start = time.perf_counter()
+        images = draw(model, labels, first, config, settings)
+        seconds = (time.perf_counter() - start) / len(images)
+        images, labels = images[:own], labels[:own]
+        rows = network(images).parts() | {"seconds": torch.full((own,), seconds)}
+        for name, reward in rewards.items():
+            rows[f"reward {name}"] = _rewards(reward, images, [prompts[label] for label in labels], model.device)
+        if png is not None and world.rank < len(group):
+            for i, (image, label) in enumerate(zip(images, labels, strict=True), first):
+                save_png(png / f"{i:06d}_{file_name(model.class_names[label])}.png", image)
+        for i, part in zip(group, gather_chunks(rows, counts, world), strict=True):
+            if world.is_main:
+                arrays = {name: value.numpy() for name, value in part.items()}
+                write_atomically(folder / _chunk_file(i), lambda p, arrays=arrays: _write_arrays(p, arrays))
+        bar.update(sum(counts))
+    bar.close()
+
+
+@torch.no_grad()
+def _rewards(reward: Reward, images: np.ndarray, prompts: list[str], device: torch.device) -> Tensor:
+    """(B,) float32 on the CPU, of batches of fixed size."""
+    parts = []
+    for start in range(0, len(images), BATCH):
+        batch = to_float(torch.from_numpy(images[start : start + BATCH]).to(device))
+        parts.append(score(UserReward(reward), batch, prompts[start : start + BATCH]).cpu())
+    return torch.cat(parts)
+
+
+def _summary(
+    model: Pipeline, reference: Reference, network: FeatureNetwork, config: EvaluateConfig, folder: Path
+) -> tuple[dict[str, Any], float]:
+    """The numbers, from the chunks' files, and the seconds per image (median over chunks)."""
+    moments: dict[str, Statistics] = {}
+    kept: dict[str, list[Tensor]] = {}
+    for i in range(num_chunks(config.num_images)):
+        with np.load(folder / _chunk_file(i), allow_pickle=False) as file:
+            rows = {name: torch.from_numpy(file[name]) for name in file.files}
+        for kind in ("pooled", "spatial"):
+            if kind in rows:
+                moments.setdefault(kind, Statistics(rows[kind].shape[1])).add(rows[kind])
+        for name in rows.keys() - {"spatial"}:
+            kept.setdefault(name, []).append(rows[name][:1] if name == "seconds" else rows[name])
+    columns = {name: torch.cat(parts) for name, parts in kept.items()}
+    pooled, logits, real = columns["pooled"], columns.get("logits"), reference.features
+    results: dict[str, Any] = {"fid": frechet_distance(reference.moments, moments["pooled"].moments())}
+    left_out: dict[str, str] = {}
+
+    if "spatial" not in moments:
+        left_out["sfid"] = "the network has no spatial features"
+    elif reference.spatial is None:
+        left_out["sfid"] = "the reference has no mu_s and sigma_s"
+    else:
+        results["sfid"] = frechet_distance(reference.spatial, moments["spatial"].moments())
+
+    if logits is None or len(logits) < SPLITS:
+        left_out["inception_score"] = "the network has no logits" if logits is None else f"fewer than {SPLITS} images"
+    else:
+        results["inception_score"], results["inception_score_std"] = inception_score(logits, SPLITS)
+
+    if real is None or min(len(real), len(pooled)) <= NEIGHBOURS:
+        why = "the reference has statistics only" if real is None else f"no more than {NEIGHBOURS} images"
+        left_out |= {"kid": why, "precision": why, "recall": why}
+    else:
+        pair = pooled.to(network.device), real.to(network.device)
+        results["kid"], results["kid_std"] = kernel_distance(*pair, generator(config.seed, _KID_KEY))
+        results["precision"], results["recall"] = precision_recall(*pair, NEIGHBOURS)
+
+    indices = network.class_indices(model.class_names)
+    if indices is None or logits is None:
+        left_out["accuracy"] = "the network does not read the model's classes"
+    else:
+        asked = torch.from_numpy(indices[np.arange(config.num_images) % len(indices)])
+        results["accuracy"] = float((logits.argmax(1) == asked).double().mean())
+
+    for name in sorted(columns):
+        if name.startswith("reward "):
+            mean, half = mean_interval(columns[name])
+            results.setdefault("rewards", {})[name.removeprefix("reward ")] = {"mean": mean, "interval95": half}
+    if left_out:
+        results["left_out"] = left_out
+    return results, float(columns["seconds"].median())
 
 
 def evaluate_folder(
-    folder: Path, reference: str, out: Path, num_images: int, features: Path | None, seed: int, device: str,
-    settings: dict[str, Any],
+    folder: Path, out: Path, config: EvaluateConfig, resume: bool = False, png: Path | None = None,
+    save_reference: Path | None = None,
 ) -> None:  # fmt: skip
-    """`marval evaluate`: writes ``out`` and prints what is in it.
-
-    Raises:
-        ValueError: no feature network, a bad reference, or an ``out`` that exists or cannot be written.
-    """
-    world = connect(device)
-    if out.exists():
-        raise ValueError(f"{out} exists: choose another --out")
-    writable_folder(out.parent)
-    model = Pipeline.load(folder, world.device)
-    model.require_images()
-    model.settings(**settings)
-    if features is None:
-        features = folder.resolve().parent / "classifier"
-        if not features.exists():
-            raise ValueError(f"no {features}: name a classifier with --features (marval train-classifier makes one)")
-    network = Classifier.load(features)
-    if num_images < 2:
-        raise ValueError(f"a Frechet distance needs at least 2 images, got {num_images}")
-    results = evaluate(model, reference, network, num_images, seed, world, **settings)
-    if world.is_main:
-        write_json(out, results)
-        for name in ("fid", "accuracy"):
-            if name in results:
-                print(f"{name:<10}{results[name]:.4f}")
-        print("".join(f"  {name}: {value}\n" for name, value in results["protocol"].items()), end="")
-        print(f"written to {out}")
-
-
-def save_images(
-    folder: Path, out: Path, classes: str, num_images: int | None, seed: int, batch_size: int, device: str,
-    settings: dict[str, Any],
-) -> None:  # fmt: skip
-    """`marval sample`: PNG files named by number and class, grid.png and samples.npz in a new folder.
+    """`marval evaluate`: writes ``out`` and prints what is in it; for several settings also a plot beside it.
 
     Args:
-        classes: ``all``, ``none`` (unconditional), or comma-separated indices or names.
+        out: JSON of the results: one row, or {"rows": [...]}. What is finished of it lies in ``<out>.partial``.
+        resume: go on with what lies there.
+        png: new folder for the images. save_reference: new .npz for the reference's features and statistics.
+
+    Raises:
+        ValueError: no feature network, a bad reference, settings that the model does not serve, or an ``out`` that
+            exists or cannot be written.
     """
-    world = connect(device)
-    if batch_size < 1:
-        raise ValueError(f"the batch size must be at least 1, got {batch_size}")
-    if seed < 0:
-        raise ValueError(f"seed must not be negative, got {seed}")
-    if num_images is not None and num_images < 1:
-        raise ValueError(f"the number of images must be at least 1, got {num_images}")
-    model = Pipeline.load(folder, world.device)
+    world = connect(config.device, config.shard)
+    rows, partial = config.settings(), out.with_name(f"{out.name}.partial")
+    picture = out.with_suffix(".png") if len(rows) > 1 else None
+    goes_on = resume and (partial / "rows").is_dir()
+    for path, flag in ((out, "out"), (picture, "out"), (save_reference, "save-reference"), (png, "png")):
+        if path is not None and path.exists() and (path == out or not goes_on):
+            raise ValueError(f"{path} exists: choose another --{flag}")
+    if partial.exists() and not goes_on:
+        remedy = "add --resume to go on, or remove it" if not resume else "it is not of marval: choose another --out"
+        raise ValueError(f"{partial} holds an unfinished evaluation: {remedy}")
+    if not config.reference:
+        raise ValueError("name what to compare with: --reference digits, a folder of images, or an .npz")
+    if picture is not None:
+        check_matplotlib()
+    world.barrier()  # every process has looked at the files before one is written
+    model = Pipeline.load(folder, world.device, config.weights)
     model.require_images()
-    order = settings.get("order")
-    if order and "," in order:
-        try:
-            positions = torch.tensor([int(part) for part in order.split(",")])
-        except ValueError:
-            raise ValueError(f"--order {order!r} must be a name, or token positions separated by commas") from None
-        settings = settings | {"order": masking.check_order(positions, model.network.config.num_tokens)}
-    model.settings(**{name: value for name, value in settings.items() if not isinstance(value, Tensor)})
-    asked: list[Any] = [part.strip() for part in classes.split(",") if part.strip()]
-    if classes == "all":
-        asked = list(range(len(model.class_names)))
-    elif classes == "none":
-        asked = [None]
-    if not asked:
-        raise ValueError(f"--classes {classes!r} names no class: give 3,7 or all or none")
-    for name in asked:
-        model.label(name)
-    count = num_images or len(asked)
+    for row in rows:
+        model.settings(**row)
+    network = _load_network(config, folder, world)
+    rewards = _load_rewards(config, model)
     if world.is_main:
-        new_folder(out)
-    images, labels = sample_in_turn(model, asked, count, seed, world, batch_size=batch_size, title="sample", **settings)
+        writable_folder(out.parent)
+        if png is not None and not goes_on:
+            new_folder(png)
+    sizes = model.tokenizer.image_size, model.tokenizer.image_channels
+    reference = load_reference(config.reference, network, *sizes, world)
+    check_features(model, reference, network)
+    if save_reference is not None and world.is_main and not save_reference.exists():
+        references.save_reference(save_reference, reference, network)
+    weights = weights_digest(model)
+    world.shard(model.network)
+    results = []
+    for i, row in enumerate(rows):
+        title = f"{i + 1}/{len(rows)}" if len(rows) > 1 else "evaluate"
+        place = png / f"{i:03d}" if png is not None and len(rows) > 1 else png
+        if place is not None and world.is_main:
+            place.mkdir(parents=True, exist_ok=True)
+        world.barrier()
+        results.append(evaluate(
+            model, reference, network, config, row, world=world, rewards=rewards, png=place, weights=weights,
+            partial=partial / "rows" / f"{i:03d}", title=title,
+        ))  # fmt: skip
+        if world.is_main and len(rows) > 1:
+            tqdm.write(f"{title}  {one_line(results[-1])}")
     if world.is_main:
-        names = [*model.class_names, "none"]
-        for i, (image, label) in enumerate(zip(images, labels, strict=True)):
-            name = re.sub(r"[^\w-]+", "_", names[label])
-            save_png(out / f"{i:0{max(4, len(str(count)))}d}_{name}.png", image)
-        columns = len(asked) if 1 < len(asked) <= 16 else min(count, 8)
-        save_png(out / "grid.png", image_grid(images, columns, scale=max(1, 64 // images.shape[1])))
-        write_atomically(out / "samples.npz", lambda p: write_npz(p, images=images, labels=labels))
-        print(f"{count} images, grid.png and samples.npz in {out}")
+        if picture is None:
+            write_json(out, results[0])
+            print(result_table(results[0], str(folder)))
+        else:
+            write_atomically(picture, lambda path: plot(results, path))
+            write_json(out, {"rows": results})
+            print(sweep_table(results, str(folder)))
+            print(f"plot in {picture}")
+        shutil.rmtree(partial)
+        print(f"written to {out}")
+    world.barrier()
 
 
-def write_npz(path: Path, **arrays: np.ndarray) -> None:
-    """A compressed .npz under exactly this name."""
+def _load_rewards(config: EvaluateConfig, model: Pipeline) -> dict[str, Reward]:
+    """By their names, each tried on a black image."""
+    names, size, channels = model.class_names, model.tokenizer.image_size, model.tokenizer.image_channels
+    rewards: dict[str, Reward] = {}
+    for spec in filter(None, (part.strip() for part in config.rewards.split(","))):
+        rewards[spec] = load_reward(
+            spec, classifier="", class_names=names, template=config.prompt, device=model.device
+        )  # fmt: skip
+        black = np.zeros((1, size, size, channels), np.uint8)
+        _rewards(rewards[spec], black, class_prompts(config.prompt, names)[:1], model.device)
+    return rewards
+
+
+def _load_network(config: EvaluateConfig, folder: Path, world: World) -> FeatureNetwork:
+    """The first process first: it may have to download the weights."""
+    spec = config.features
+    if not spec:
+        beside = folder.resolve().parent / "classifier"
+        if not beside.exists():
+            raise ValueError(f"no {beside}: name a network with --features (marval train-classifier makes one)")
+        spec = str(beside)
+    network = load_features(spec, world.device, config.inception_weights) if world.is_main else None
+    world.barrier()
+    return network or load_features(spec, world.device, config.inception_weights)
+
+
+def _write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """An uncompressed .npz under exactly this name."""
     with open(path, "wb") as file:
-        np.savez_compressed(file, allow_pickle=False, **arrays)
+        np.savez(file, allow_pickle=False, **arrays)

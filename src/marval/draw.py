@@ -1,0 +1,134 @@
+"""Draw sets of images: of classes in turn over all processes, into files, and against the clock."""
+
+import re
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from marval import masking
+from marval.checkpoint import write_atomically
+from marval.config import RunConfig
+from marval.distributed import World, connect
+from marval.images import image_grid, save_png
+from marval.pipeline import Pipeline
+from marval.run import autocast, new_folder
+
+
+def sample_in_turn(
+    model: Pipeline, classes: Sequence[int | str | None], num_images: int, seed: int, world: World | None = None, *,
+    batch_size: int = 250, title: str = "", **settings: Any,
+) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+    """Images of the classes in turn, drawn by all processes: image i has class i modulo their number.
+
+    Returns:
+        uint8 NHWC images and their int64 labels (num_classes for unconditional ones), complete on every process.
+    """
+    rank, size = (world.rank, world.size) if world else (0, 1)
+    share, parts = -(-num_images // size), []
+    labels = np.array([model.label(classes[i % len(classes)]) for i in range(size * share)])
+    names = [*range(len(model.class_names)), None]
+    bar = tqdm(total=share, desc=f"{title:<8}", unit="img", delay=2, disable=rank > 0, mininterval=1)
+    for start in range(rank * share, (rank + 1) * share, batch_size):
+        stop = min(start + batch_size, (rank + 1) * share)
+        asked = [names[label] for label in labels[start:stop]]
+        parts.append(model.sample(asked, seed=seed, first_image=start, batch_size=batch_size, **settings))
+        bar.update(stop - start)
+    bar.close()
+    images = np.concatenate(parts)
+    if world is not None:
+        images = world.gather_rows(torch.from_numpy(images).to(world.device)).cpu().numpy()
+    return images[:num_images], labels[:num_images]
+
+
+def save_images(
+    folder: Path, out: Path, classes: str, num_images: int | None, seed: int, batch_size: int, device: str,
+    precision: Literal["auto", "float32", "bf16"], shard: bool, settings: dict[str, Any],
+) -> None:  # fmt: skip
+    """`marval sample`: PNG files named by number and class, grid.png and samples.npz in a new folder.
+
+    Args:
+        classes: ``all``, ``none`` (unconditional), or comma-separated indices or names.
+        shard: split the network over the processes.
+    """
+    world = connect(device, shard)
+    if batch_size < 1:
+        raise ValueError(f"the batch size must be at least 1, got {batch_size}")
+    if seed < 0:
+        raise ValueError(f"seed must not be negative, got {seed}")
+    if num_images is not None and num_images < 1:
+        raise ValueError(f"the number of images must be at least 1, got {num_images}")
+    model = Pipeline.load(folder, world.device)
+    model.require_images()
+    order = settings.get("order")
+    if order and "," in order:
+        try:
+            positions = torch.tensor([int(part) for part in order.split(",")])
+        except ValueError:
+            raise ValueError(f"--order {order!r} must be a name, or token positions separated by commas") from None
+        settings = settings | {"order": masking.check_order(positions, model.network.config.num_tokens)}
+    model.settings(**{name: value for name, value in settings.items() if not isinstance(value, Tensor)})
+    asked: list[Any] = [part.strip() for part in classes.split(",") if part.strip()]
+    if classes == "all":
+        asked = list(range(len(model.class_names)))
+    elif classes == "none":
+        asked = [None]
+    if not asked:
+        raise ValueError(f"--classes {classes!r} names no class: give 3,7 or all or none")
+    for name in asked:
+        model.label(name)
+    count = num_images or len(asked)
+    if world.is_main:
+        new_folder(out)
+    world.shard(model.network)
+    with autocast(RunConfig(precision=precision), world.device):
+        images, labels = sample_in_turn(
+            model, asked, count, seed, world, batch_size=batch_size, title="sample", **settings
+        )  # fmt: skip
+    if world.is_main:
+        names = [*model.class_names, "none"]
+        for i, (image, label) in enumerate(zip(images, labels, strict=True)):
+            save_png(out / f"{i:0{max(4, len(str(count)))}d}_{file_name(names[label])}.png", image)
+        columns = len(asked) if 1 < len(asked) <= 16 else min(count, 8)
+        save_png(out / "grid.png", image_grid(images, columns, scale=max(1, 64 // images.shape[1])))
+        write_atomically(out / "samples.npz", lambda p: write_npz(p, images=images, labels=labels))
+        print(f"{count} images, grid.png and samples.npz in {out}")
+
+
+def file_name(class_name: str) -> str:
+    """The name with nothing but letters, digits, _ and -."""
+    return re.sub(r"[^\w-]+", "_", class_name)
+
+
+def write_npz(path: Path, **arrays: np.ndarray) -> None:
+    """A compressed .npz under exactly this name."""
+    with open(path, "wb") as file:
+        np.savez_compressed(file, allow_pickle=False, **arrays)
+
+
+def seconds_per_image(models: dict[str, Pipeline], batch: int, repeats: int = 10) -> dict[str, float]:
+    """Median wall time of one batch of each model, per image, decoding included, after a warm-up.
+
+    The models take turns, so that a slow spell of the machine meets all of them.
+    """
+    times: dict[str, list[float]] = {name: [] for name in models}
+    for repeat in range(repeats + 1):
+        for name, model in models.items():
+            classes = [i % len(model.class_names) for i in range(batch)]
+            start = time.perf_counter()
+            model.sample(classes, seed=repeat, batch_size=batch)
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values[1:]) / batch for name, values in times.items()}
+
+
+def head_evaluations_per_token(model: Pipeline) -> int:
+    """Rows that the head computes for each token: steps, twice under guidance; 1 for a student."""
+    if model.student is not None:
+        return 1
+    return model.sampling.head_steps * (2 if model.sampling.guidance != 1 else 1)
