@@ -110,7 +110,8 @@ def test_what_cannot_be_distilled(tmp_path: Path):
         distill(SHORT, tiny.student(), tmp_path / "run")
     with pytest.raises(ValueError, match="17"):
         distill(dataclasses.replace(SHORT, ar_steps=17), tiny.teacher(), tmp_path / "run")
-    with pytest.raises(ValueError, match=r"of the classes only; the teacher takes .* of the classes 0, 1, 2, 3, 4: give its own --data"):
+    wrong_classes = r"of the classes only; the teacher takes .* of the classes 0, 1, 2, 3, 4: give its own --data"
+    with pytest.raises(ValueError, match=wrong_classes):
         distill(dataclasses.replace(SHORT, data=str(one_class(tmp_path))), tiny.teacher(), tmp_path / "run")
     assert not (tmp_path / "run").exists()
     for wrong, message in (

@@ -64,7 +64,7 @@ def time_batch(model: Pipeline, config: SamplingConfig, batch: int, seed: int) -
         )
     )  # fmt: skip
     loop = now()
-    if model.tokenizer.token_range is not None:
+    if model.tokenizer.has_images:
         to_uint8(model.tokenizer.decode(tokens)).cpu()
     end = now()
     seconds |= {"transformer": loop - start - seconds["head"], "tokenizer": end - loop, "total": end - start}

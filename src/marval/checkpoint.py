@@ -1,4 +1,4 @@
-"""Files: model folders (model.safetensors + config.json), the state of a run, and the import of MAR checkpoints.
+"""Files: model folders (model.safetensors + config.json), the state of a run, and other people's checkpoints.
 
 Everything is written under a temporary name, flushed to the disk and renamed: a file is whole or it is not there.
 Everything is read strictly: a missing or unexpected tensor or a wrong shape is an error that names it.
@@ -8,7 +8,9 @@ import argparse
 import contextlib
 import json
 import os
-from collections.abc import Mapping
+import re
+import zipfile
+from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +21,13 @@ from torch import Tensor, nn
 
 
 def write_atomically(path: Path, write: Any) -> None:
-    """Call ``write(temporary path)``, then fsync and rename to ``path``."""
+    """Call ``write(temporary path)``, then fsync and rename to ``path``; as readable as any new file of the user."""
     temporary = path.with_name(f".{path.name}.partial")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         write(temporary)
+        temporary.chmod(mode)  # safetensors makes files that only their owner can read
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -62,13 +67,29 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     Raises:
         ValueError: the file is missing, truncated or of another format.
     """
+    with _opened(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     try:
         with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            yield file
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist: is {path.parent} a complete model folder?") from None
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is not a whole safetensors file ({error}): copy or export it again") from None
+
+
+def tensor_shapes(path: Path) -> dict[str, list[int]]:
+    """Shapes of the tensors of a safetensors file, which is checked to be whole, without reading them.
+
+    Raises:
+        ValueError: the file is missing, truncated or of another format.
+    """
+    with _opened(path) as file:
+        return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
 
 
 def load_strictly(module: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
@@ -108,32 +129,92 @@ def load_state(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} cannot be read ({type(error).__name__}): it is damaged or not marval's") from None
 
 
+def read_pickle(path: Path, allowed: Sequence[type] = ()) -> Any:
+    """What `torch.save` wrote: tensors, plain values, and objects of the ``allowed`` classes; nothing is executed.
+
+    Raises:
+        ValueError: the file is missing or damaged, or holds anything else, which the message names.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist" if not path.exists() else f"{path} is a folder: give the file in it")
+    try:
+        with torch.serialization.safe_globals(list(allowed)):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # torch raises many types
+        if found := re.search(r"GLOBAL (\S+)", str(error)):
+            raise ValueError(f"{path} cannot be read safely: it holds a {found.group(1)}, not only tensors") from None
+        raise ValueError(f"{path} is no file of torch.save, or not a whole one: fetch it again") from None
+
+
+def read_state_dict(path: Path, key: str | None = None, allowed: Sequence[type] = ()) -> tuple[dict[str, Tensor], Any]:
+    """Tensors by name of a .safetensors file, or of entry ``key`` of a pickle (None: of the whole), and all of it.
+
+    Raises:
+        ValueError: as `load_tensors` and `read_pickle`; there is no such entry; it holds something else than tensors.
+    """
+    if path.suffix == ".safetensors":
+        return load_tensors(path), None
+    saved = read_pickle(path, allowed)
+    found = saved if key is None else saved.get(key) if isinstance(saved, dict) else None
+    if not isinstance(found, dict):
+        has = ", ".join(map(str, list(saved)[:5])) if isinstance(saved, dict) else type(saved).__name__
+        raise ValueError(
+            f"{path} has no state dict{'' if key is None else f' {key!r}'} (found: {has}): {_guess(saved)}"
+        )
+    for name, value in found.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{path}: entry {name!r} is no tensor but {type(value).__name__}: {_guess(saved)}")
+    return found, saved
+
+
+def _guess(saved: Any) -> str:
+    """What an unexpected file is."""
+    inner = saved.get("model", saved) if isinstance(saved, dict) else ()
+    return kind_of_checkpoint(inner if isinstance(inner, dict) else ()) or "it is another kind of file"
+
+
+def kind_of_checkpoint(names: Container[str]) -> str:
+    """What a state dict with these names is, and what imports it; empty if unknown."""
+    signs = {
+        "mask_token": "it is a MAR model, for marval import-mar",
+        "encoder.down.0.block.0.norm1.weight": "it is an autoencoder in MAR's layout, for marval import-kl16",
+        "encoder.down_blocks.0.resnets.0.norm1.weight": "it is a diffusers AutoencoderKL: its folder is a tokenizer",
+        "encoder.layers.0.weight": "it is a diffusers AutoencoderTiny: its folder is a tokenizer",
+        "1.conv.0.weight": "it is a TAESD encoder, for marval import-taesd",
+        "3.conv.0.weight": "it is a TAESD decoder, for marval import-taesd",
+    }
+    return next((kind for name, kind in signs.items() if name in names), "")
+
+
 def read_mar_checkpoint(path: Path, weights: str = "ema") -> tuple[dict[str, Tensor], argparse.Namespace | None]:
     """State dict of a published MAR checkpoint, with our names, and its training arguments.
 
     Only tensors and ``argparse.Namespace`` are unpickled; anything else in the file is refused.
 
     Args:
+        path: checkpoint-last.pth; or a .safetensors file with one state dict, raw or averaged, and no arguments.
         weights: ``ema`` (what the authors evaluate) or ``raw``.
 
     Raises:
         ValueError: the file is no such checkpoint.
     """
     key = {"ema": "model_ema", "raw": "model"}[weights]
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            saved = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise ValueError(f"{path} does not exist") from None
-    except Exception as error:
-        reason = str(error).splitlines()[0][:160]
-        raise ValueError(f"{path} is not a MAR checkpoint that can be read safely: {reason}") from None
-    if not isinstance(saved, dict) or not isinstance(saved.get(key), dict):
-        found = ", ".join(map(str, list(saved)[:5])) if isinstance(saved, dict) else type(saved).__name__
-        raise ValueError(f"{path} has no {key!r} state dict (found: {found}): a MAR checkpoint-last.pth has")
-    tensors = {}
-    for name, value in saved[key].items():
-        if not isinstance(value, Tensor):
-            raise ValueError(f"{path}: entry {name!r} of {key!r} is not a tensor")
-        tensors[name.replace("diffloss.net.", "head.")] = value.float()
-    return tensors, saved.get("args")
+    tensors, saved = read_state_dict(path, key, [argparse.Namespace])
+    return {name.replace("diffloss.net.", "head."): t.float() for name, t in tensors.items()}, (saved or {}).get("args")
+
+
+def read_raw_weights(folder: Path) -> dict[str, Tensor]:
+    """Tensors of model.safetensors, with the trained part as it is and not averaged, from the run's checkpoint.pt.
+
+    Raises:
+        ValueError: the folder is not that of a run with a checkpoint.
+    """
+    path = folder / "checkpoint.pt"
+    if not path.exists():
+        raise ValueError(f"{folder} has no checkpoint.pt, so only averaged weights: the folder of a run has both")
+    saved = read_pickle(path)
+    part = saved.get("network", saved.get("student")) if isinstance(saved, dict) else None
+    if part is None:
+        raise ValueError(f"{path} is no checkpoint of marval train, distill or rl: it has no network or student")
+    prefix = "" if "mask_token" in part else "head."  # the whole MAR, or its head on the teacher's backbone
+    return load_tensors(folder / "model.safetensors") | {prefix + name: tensor for name, tensor in part.items()}

@@ -175,6 +175,8 @@ class TrainConfig(RunConfig):
     """Side of the square patch, of pixels or of latents, that makes a token."""
     model: MARConfig = MARConfig()
     """The network; its grid, token_dim and num_classes are set from the data."""
+    widen_head: bool = False
+    """Widen the head in proportion to the square root of a token's channels beyond 16, as MAR's author advises."""
     lr: float = 1e-3
     """Peak learning rate of AdamW (betas 0.9, 0.95)."""
     weight_decay: float = 0.02

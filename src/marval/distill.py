@@ -21,6 +21,7 @@ from marval.matching import (
     own_part,
     shard_networks,
 )
+from marval.models.autoencoders import autoencoder_digest
 from marval.pipeline import Pipeline
 from marval.run import Run, Update, add_weighted, autocast, prepare, warmup_then_cosine
 from marval.sampling import gather_tokens, last, one_evaluation, unmask
@@ -43,8 +44,14 @@ def check_data(data: ImageDataset | LatentDataset, teacher: Pipeline) -> None:
     tokenizer = teacher.tokenizer
     wanted = f"images of {tokenizer.image_size} pixels and {tokenizer.image_channels} channels"
     if isinstance(data, LatentDataset):
-        found = f"latents of images of {data.image_size} pixels"
+        shape = data.shards[0].shape[2:]
+        found = f"latents {'x'.join(map(str, shape))} of images of {data.image_size} pixels"
         fits = isinstance(tokenizer, LatentTokenizer) and data.image_size == tokenizer.image_size
+        fits = fits and shape[0] == 2 * tokenizer.channels and shape[1] == tokenizer.image_size // tokenizer.stride
+        made_by = autoencoder_digest(data.tokenizer_folder)
+        if fits and tokenizer.folder is not None and autoencoder_digest(tokenizer.folder) != made_by:
+            remedy = f"encode the images with --tokenizer {tokenizer.folder}"
+            raise ValueError(f"{data.source}, are latents of another autoencoder than the teacher's: {remedy}")
     else:
         height, width, channels = data.images.shape[1:]
         found = f"images {height}x{width} with {channels} channels"
@@ -99,6 +106,8 @@ def distill(config: DistillConfig, teacher_folder: Path, out: Path, resume: bool
 
     def averaged() -> Pipeline:
         provenance = {"verb": "distill", "data": data.source, "data_licence": data.licence}
+        if teacher.provenance:
+            provenance["teacher"] = teacher.provenance
         network = averaged_network(student, ema, blank)
         return Pipeline(network, tokenizer, data.class_names, model.sampling, config.student, provenance)
 

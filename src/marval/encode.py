@@ -24,7 +24,7 @@ from marval.distributed import World, connect
 from marval.images import THREADS, image_grid, save_png
 from marval.latents import FORMAT, load_latents, read_index, sha256
 from marval.listing import Entry, Listing, list_images, load_square
-from marval.models.autoencoders import CONFIG, WEIGHTS, link_autoencoder
+from marval.models.autoencoders import autoencoder_digest, link_autoencoder
 from marval.run import writable_folder
 from marval.tokenizers import LatentTokenizer, load_tokenizer, to_float, to_uint8, tokenizer_to_dict
 
@@ -121,7 +121,6 @@ def _settings(source: str, listing: Listing, codec: LatentTokenizer, shard_size:
     assert codec.folder is not None
     names = hashlib.sha256("".join(f"{e.name}\t{e.label}\n" for e in listing.entries).encode()).hexdigest()
     side = codec.image_size // codec.stride
-    config = hashlib.sha256((codec.folder / CONFIG).read_bytes() + sha256(codec.folder / WEIGHTS).encode())
     return {
         "format": FORMAT,
         "source": source,
@@ -129,7 +128,7 @@ def _settings(source: str, listing: Listing, codec: LatentTokenizer, shard_size:
         "image_size": codec.image_size,
         "shard_size": shard_size,
         "tokenizer": tokenizer_to_dict(codec),
-        "tokenizer_sha256": config.hexdigest(),
+        "tokenizer_sha256": autoencoder_digest(codec.folder),
         "moments_shape": [2 * codec.channels, side, side],
         "numbered_classes": listing.numbered,
         "class_names": listing.class_names,

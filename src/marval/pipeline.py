@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 from marval import masking, sampling
-from marval.checkpoint import load_strictly, load_tensors, read_json, save_tensors, write_json
+from marval.checkpoint import load_strictly, load_tensors, read_json, read_raw_weights, save_tensors, write_json
 from marval.config import MARConfig, SamplingConfig, StudentConfig, check, from_dict, to_dict
 from marval.diffusion import cosine_schedule, respace
+from marval.models.autoencoders import CONFIG, link_autoencoder
 from marval.models.mar import MAR
 from marval.rng import ImageNoise
 from marval.tokenizers import (
     NO_IMAGES,
     LatentTokenizer,
-    PixelTokenizer,
     Tokenizer,
     to_float,
     to_uint8,
@@ -55,27 +55,39 @@ class Pipeline:
         return self.network.fake_latent.device
 
     def to(self, device: torch.device | str) -> "Pipeline":
-        """Move the network."""
+        """Move the network and the tokenizer's autoencoder."""
         self.network.to(device)
+        self.tokenizer.to(device)
         return self
 
     # ---- files
 
     @classmethod
-    def load(cls, path: str | Path, device: torch.device | str = "cpu") -> "Pipeline":
-        """A folder that marval wrote (train, distill, rl, import-mar).
+    def load(
+        cls, path: str | Path, device: torch.device | str = "cpu", weights: Literal["ema", "raw"] = "ema"
+    ) -> "Pipeline":
+        """A folder that marval wrote (train, distill, rl, import-mar, export).
+
+        Args:
+            weights: the average that model.safetensors holds; or, from a run's checkpoint.pt, what was trained, as it
+                is after the last update.
 
         Raises:
             ValueError: something is missing, damaged or does not fit; the message names the file and the tensor.
         """
         path = Path(path)
+        check(weights in ("ema", "raw"), f"unknown weights {weights!r}: choose ema or raw")
         config = read_json(path / "config.json")
         if not isinstance(config, dict) or config.get("format") != FORMAT or "model" not in config:
             raise ValueError(f"{path / 'config.json'} does not describe a marval model (format {FORMAT})")
         try:
             student = None if config["student"] is None else from_dict(StudentConfig, config["student"])
-            network = MAR(from_dict(MARConfig, config["model"]), bool(student and student.guidance_range))
-            tokenizer = tokenizer_from_dict(config["tokenizer"])
+            # marval 0.1 stored one setting here that is a run's and changes no result
+            sizes = {name: value for name, value in config["model"].items() if name != "activation_checkpointing"}
+            with torch.device("meta"):  # the weights follow: none are drawn
+                network = MAR(from_dict(MARConfig, sizes), bool(student and student.guidance_range))
+            folder = path / "tokenizer" if (path / "tokenizer" / CONFIG).exists() else None
+            tokenizer = tokenizer_from_dict(config["tokenizer"], folder)
             sampling_defaults = from_dict(SamplingConfig, config["sampling"])
             names, sizes = config["class_names"], network.config
             check(
@@ -86,14 +98,21 @@ class Pipeline:
             check(len(names) == sizes.num_classes, f"{len(names)} class names for {sizes.num_classes} classes")
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path / 'config.json'}: {error}") from None
-        file = path / "model.safetensors"
-        load_strictly(network, load_tensors(file), str(file))
-        return cls(network, tokenizer, names, sampling_defaults, student, config.get("provenance")).to(device)
+        file, provenance = path / "model.safetensors", config.get("provenance") or {}
+        if weights == "ema":
+            tensors = load_tensors(file)
+        else:
+            tensors, file, provenance = read_raw_weights(path), path / "checkpoint.pt", provenance | {"weights": "raw"}
+        load_strictly(network.to_empty(device="cpu"), tensors, str(file))
+        return cls(network, tokenizer, names, sampling_defaults, student, provenance).to(device)
 
     def save(self, path: str | Path) -> None:
-        """Write ``config.json`` and ``model.safetensors`` into the folder, each atomically."""
+        """Write ``config.json`` and ``model.safetensors`` into the folder, each atomically, and link the autoencoder's
+        files, if there are any, into ``tokenizer`` below it."""
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
+        if isinstance(self.tokenizer, LatentTokenizer) and self.tokenizer.folder is not None:
+            link_autoencoder(self.tokenizer.folder, path / "tokenizer")
         save_tensors(path / "model.safetensors", self.network.state_dict())
         config = {
             "format": FORMAT,
@@ -153,7 +172,7 @@ class Pipeline:
 
     def require_images(self) -> None:
         """Raises ValueError if this model draws latents that it cannot decode."""
-        if isinstance(self.tokenizer, LatentTokenizer):
+        if not self.tokenizer.has_images:
             raise ValueError(NO_IMAGES)
 
     # ---- sampling
@@ -182,7 +201,8 @@ class Pipeline:
             order: ``random``, ``raster``, ``centre-out``, or a permutation (L,), or one per image (num_images, L),
                 in the order in which tokens are revealed.
             images, keep: inpainting. uint8 NHWC images, and a boolean mask of the token grid, (grid, grid) or one
-                per image (num_images, grid, grid): True tokens are kept, the others drawn.
+                per image (num_images, grid, grid): True tokens are kept, the others drawn. An autoencoder gives the
+                kept tokens (the posterior's mode) and decodes them, so kept pixels are near the given ones.
 
         Returns:
             uint8 NHWC (num_images, H, W, C).
@@ -230,7 +250,7 @@ class Pipeline:
             raise ValueError(f"the number of images must be at least 1, got {num_images}")
         labels = [self.label(given[i % len(given)]) for i in range(num_images)]
         orders = None if order is None or named_order else self._given_orders(order, num_images)
-        known, kept = self._inpainting(images, keep, num_images)
+        known, kept = self._inpainting(images, keep, num_images, batch_size)
 
         kept_counts = kept.sum(1).tolist()
         for count in sorted(set(kept_counts)):  # static shapes: images with equally many known tokens go together
@@ -250,21 +270,26 @@ class Pipeline:
             raise ValueError(f"give one order, or one for each of the {num_images} images; got {len(orders)}")
         return orders.expand(num_images, -1)
 
-    def _inpainting(self, images: np.ndarray | None, keep: Any, num_images: int) -> tuple[Tensor | None, Tensor]:
+    def _inpainting(
+        self, images: np.ndarray | None, keep: Any, num_images: int, batch_size: int
+    ) -> tuple[Tensor | None, Tensor]:
         grid, length = self.network.config.grid, self.network.config.num_tokens
         if (images is None) != (keep is None):
             raise ValueError("inpainting needs both images and keep")
         if images is None:
             return None, torch.zeros(num_images, length, dtype=torch.bool)
-        if isinstance(self.tokenizer, PixelTokenizer):
-            size = self.tokenizer.image_size
-            shape = (num_images, size, size, self.tokenizer.channels)
-            if images.dtype != np.uint8 or images.shape != shape:
-                raise ValueError(f"images must be uint8 NHWC {shape}; got {images.dtype} {images.shape}")
-        known = self.tokenizer.encode(to_float(torch.from_numpy(images)))
+        size = self.tokenizer.image_size
+        shape = (num_images, size, size, self.tokenizer.image_channels)
+        if images.dtype != np.uint8 or images.shape != shape:
+            raise ValueError(f"images must be uint8 NHWC {shape}; got {images.dtype} {images.shape}")
         kept = torch.as_tensor(keep, dtype=torch.bool)
         if tuple(kept.shape) not in ((grid, grid), (num_images, grid, grid)):
             raise ValueError(f"keep must be a ({grid}, {grid}) mask of tokens, or one per image; got {kept.shape}")
+        parts = [
+            self.tokenizer.encode(to_float(torch.from_numpy(images[start : start + batch_size])).to(self.device))
+            for start in range(0, num_images, batch_size)
+        ]
+        known = torch.cat(parts)
         return known, kept.reshape(-1, length).expand(num_images, -1)
 
     def draw_batch(

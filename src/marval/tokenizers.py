@@ -1,10 +1,19 @@
 """Images <-> tokens. Images are float NCHW in [0, 1]; tokens are (B, L, D), row-major over the token grid."""
 
-from dataclasses import dataclass
+import math
+import re
+from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from marval.checkpoint import tensor_shapes
+from marval.models.autoencoders import CONFIG, KL, TAESD, WEIGHTS, describe, load_autoencoder
+
+MAR_SCALE = 0.2325
+"""MAR's factor on KL-16 latents."""
 
 
 def patchify(x: Tensor, patch_size: int) -> Tensor:
@@ -46,6 +55,19 @@ class PixelTokenizer:
         return self.channels * self.patch_size**2
 
     @property
+    def image_channels(self) -> int:
+        return self.channels
+
+    @property
+    def has_images(self) -> bool:
+        """Always."""
+        return True
+
+    def to(self, device: torch.device | str) -> "PixelTokenizer":
+        """There is nothing to move."""
+        return self
+
+    @property
     def token_range(self) -> tuple[float, float]:
         """Bounds of a token's entries, known for pixels."""
         return (-1.0, 1.0)
@@ -59,16 +81,45 @@ class PixelTokenizer:
         return ((unpatchify(tokens, self.patch_size) + 1) / 2).clamp(0, 1)
 
 
-NO_IMAGES = "this model works on latents of an autoencoder that is not in its folder: use sample_tokens() in Python"
+NO_IMAGES = (
+    "this model works on latents of an autoencoder that is not in its folder: use sample_tokens() in Python, "
+    "or import it again with --tokenizer"
+)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class LatentTokenizer:
-    """Latents of an autoencoder that is not part of the model folder, such as MAR's KL-16: tokens only, no images."""
+    """Latents of an autoencoder, shifted and scaled; a token is a square patch of them.
 
-    grid: int
+    The autoencoder's weights are read from ``folder`` when they are first needed, and get no gradients; it computes in
+    float32, under autocast too. Without a folder (a MAR imported without its KL-16) there are tokens only, no images.
+    """
+
+    image_size: int
     channels: int
+    """Of the latents."""
     patch_size: int
+    stride: int
+    """Pixels per latent, along each side."""
+    scale: float
+    shift: float = 0.0
+    image_channels: int = 3
+    folder: Path | None = field(default=None, compare=False)
+    """config.json and diffusion_pytorch_model.safetensors of the autoencoder."""
+
+    def __post_init__(self) -> None:
+        self._autoencoder: KL | TAESD | None = None
+        self._device = torch.device("cpu")
+        side = self.stride * self.patch_size
+        if self.image_size % side:
+            raise ValueError(
+                f"image size {self.image_size} is not a multiple of {side}: the autoencoder's stride {self.stride} "
+                f"times the patch size {self.patch_size}"
+            )
+
+    @property
+    def grid(self) -> int:
+        return self.image_size // (self.stride * self.patch_size)
 
     @property
     def token_dim(self) -> int:
@@ -78,29 +129,141 @@ class LatentTokenizer:
     def token_range(self) -> None:
         return None
 
-    def encode(self, images: Tensor) -> Tensor:
-        raise ValueError(NO_IMAGES)
+    @property
+    def has_images(self) -> bool:
+        """Whether the autoencoder is at hand."""
+        return self.folder is not None
 
-    decode = encode
+    def to(self, device: torch.device | str) -> "LatentTokenizer":
+        """Compute on this device from now on."""
+        self._device = torch.device(device)
+        if self._autoencoder is not None:
+            self._autoencoder.to(self._device)
+        return self
+
+    def _loaded(self) -> "KL | TAESD":
+        if self._autoencoder is None:
+            if self.folder is None:
+                raise ValueError(NO_IMAGES)
+            self._autoencoder = load_autoencoder(self.folder).to(self._device)
+        return self._autoencoder
+
+    def moments(self, images: Tensor) -> Tensor:
+        """Float NCHW in [0, 1] -> posterior mean ++ log variance (-30 if deterministic) of the unscaled latents,
+        (B, 2C, h, w) float32.
+
+        Raises:
+            ValueError: there is no autoencoder, or its files are damaged.
+        """
+        autoencoder = self._loaded()
+        with torch.autocast(images.device.type, enabled=False):
+            return autoencoder.moments(images.float())
+
+    def tokens(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Tokens (B, L, D) of `moments`: of a draw from the posterior with noise (B, C, h, w), or of its mode."""
+        latents, logvar = moments.chunk(2, dim=1)
+        if noise is not None:
+            latents = latents + torch.exp(0.5 * logvar) * noise
+        return patchify((latents - self.shift) * self.scale, self.patch_size)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Float NCHW in [0, 1] -> tokens (B, L, D) of the posterior's mode."""
+        return self.tokens(self.moments(images))
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Tokens (B, L, D) -> float NCHW in [0, 1], differentiable inside the range; all at once, so its memory grows
+        with B."""
+        autoencoder = self._loaded()
+        with torch.autocast(tokens.device.type, enabled=False):
+            latents = unpatchify(tokens.float(), self.patch_size) / self.scale + self.shift
+            return autoencoder.decode(latents).clamp(0, 1)
 
 
 Tokenizer = PixelTokenizer | LatentTokenizer
-_KINDS: dict[str, Any] = {"pixels": PixelTokenizer, "latents": LatentTokenizer}
+
+
+def load_tokenizer(spec: str, image_size: int, patch_size: int, channels: int = 3) -> Tokenizer:
+    """The tokenizer that a user names.
+
+    Args:
+        spec: ``pixels``; a folder of an autoencoder (marval import-kl16 or import-taesd, diffusers AutoencoderKL or
+            AutoencoderTiny); or such a model on the Hugging Face hub, ``owner/name`` or ``owner/name/subfolder``. The
+            network is used for the last only, and only where no such folder exists.
+        channels: of the images, for ``pixels``.
+
+    Raises:
+        ValueError: no such autoencoder, or the image size does not fit it.
+    """
+    if spec == "pixels":
+        return PixelTokenizer(image_size=image_size, channels=channels, patch_size=patch_size)
+    folder = Path(spec)
+    if not folder.exists():
+        folder = _from_hub(spec)
+    config = describe(folder)
+    tensor_shapes(folder / WEIGHTS)  # a damaged file is better found now than after hours of work
+    return LatentTokenizer(
+        image_size=image_size, channels=config.latent_channels, patch_size=patch_size, stride=config.stride,
+        scale=config.scale, shift=config.shift, image_channels=config.image_channels, folder=folder,
+    )  # fmt: skip
+
+
+def _from_hub(spec: str) -> Path:
+    """Folder of the local cache with a hub model's autoencoder."""
+    parts = spec.split("/")
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)+", spec) or parts[0] in (".", "..") or Path(parts[0]).is_dir():
+        raise ValueError(f"tokenizer {spec!r}: no such folder; give `pixels`, a folder, or owner/name on the hub")
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise ValueError(f"tokenizer {spec!r} is no folder, and the hub needs pip install 'marval[latents]'") from None
+    below = "/".join(parts[2:])
+    try:
+        root = snapshot_download("/".join(parts[:2]), allow_patterns=[str(Path(below, f)) for f in (CONFIG, WEIGHTS)])
+    except Exception as error:  # of the network, of the hub, of the cache: many unrelated types
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"tokenizer {spec!r} is no folder and cannot be had from the hub: {reason}") from None
+    return Path(root, below)
 
 
 def tokenizer_to_dict(tokenizer: Tokenizer) -> dict[str, Any]:
     """JSON form, with its ``kind``."""
-    kind = next(kind for kind, cls in _KINDS.items() if isinstance(tokenizer, cls))
-    return {"kind": kind, **vars(tokenizer)}
+    kind = "pixels" if isinstance(tokenizer, PixelTokenizer) else "latents"
+    return {"kind": kind, **{f.name: getattr(tokenizer, f.name) for f in fields(tokenizer) if f.name != "folder"}}
 
 
-def tokenizer_from_dict(values: dict[str, Any]) -> Tokenizer:
-    """Inverse of `tokenizer_to_dict`."""
+def tokenizer_from_dict(values: dict[str, Any], folder: Path | None = None) -> Tokenizer:
+    """Inverse of `tokenizer_to_dict`, with the autoencoder in ``folder``, if there is one.
+
+    Raises:
+        ValueError: an unknown kind; the folder holds an autoencoder of another shape.
+    """
     values = dict(values)
     kind = values.pop("kind", None)
-    if kind not in _KINDS:
-        raise ValueError(f"unknown tokenizer kind {kind!r}: known are {', '.join(_KINDS)}")
-    return _KINDS[kind](**values)
+    if kind == "pixels":
+        return PixelTokenizer(**values)
+    if kind != "latents":
+        raise ValueError(f"unknown tokenizer kind {kind!r}: known are pixels, latents")
+    if "grid" in values:  # marval 0.1: always MAR's KL-16, without its weights
+        values |= {"image_size": 16 * values.pop("grid") * values["patch_size"], "stride": 16, "scale": MAR_SCALE}
+    tokenizer = LatentTokenizer(**values, folder=folder)
+    if folder is not None:
+        found = describe(folder)
+        tensor_shapes(folder / WEIGHTS)
+        if (found.latent_channels, found.stride) != (tokenizer.channels, tokenizer.stride):
+            raise ValueError(
+                f"{folder} holds an autoencoder of {found.latent_channels} channels and stride {found.stride}, "
+                f"the model was made with {tokenizer.channels} and {tokenizer.stride}"
+            )
+    return tokenizer
+
+
+def recommended_head_width(token_dim: int) -> int:
+    """Width of the MLP diffusion head for tokens of this many channels.
+
+    MAR has 1024 for 16 channels, and its author advises more for wider tokens. The rule is ours: the head's matrices
+    grow in proportion to the channels, width = 1024 sqrt(D / 16), rounded up to a multiple of 128, never below 1024.
+    """
+    return max(1024, 128 * math.ceil(8 * math.sqrt(token_dim / 16)))
 
 
 def to_uint8(images: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from marval import masking, rng
-from marval.config import TrainConfig
+from marval.config import MARConfig, TrainConfig
 from marval.data import ImageDataset, batch_indices, batch_tokens, image_grid, load_data, save_png
 from marval.diffusion import Schedule, cosine_schedule, denoising_loss, q_sample
 from marval.distributed import connect, template
@@ -17,7 +17,7 @@ from marval.models.mar import MAR
 from marval.pipeline import Pipeline
 from marval.run import Run, Update, add_weighted, prepare, warmup_then_cosine
 from marval.sampling import gather_tokens
-from marval.tokenizers import Tokenizer, load_tokenizer
+from marval.tokenizers import Tokenizer, load_tokenizer, recommended_head_width
 
 
 def tokenizer_for(config: TrainConfig, data: ImageDataset | LatentDataset) -> Tokenizer:
@@ -28,12 +28,21 @@ def tokenizer_for(config: TrainConfig, data: ImageDataset | LatentDataset) -> To
     return load_tokenizer(config.tokenizer, size, config.patch_size, channels)
 
 
+def sizes(config: TrainConfig, tokenizer: Tokenizer, num_classes: int) -> MARConfig:
+    """The network's sizes for the tokens of a tokenizer."""
+    head_width = config.model.head_width
+    if config.widen_head:
+        head_width = head_width * recommended_head_width(tokenizer.token_dim) // recommended_head_width(16)
+    return dataclasses.replace(
+        config.model, grid=tokenizer.grid, token_dim=tokenizer.token_dim, num_classes=num_classes, head_width=head_width
+    )
+
+
 def build_teacher(config: TrainConfig, tokenizer: Tokenizer, class_names: list[str]) -> Pipeline:
     """A freshly initialised teacher for the tokens of a tokenizer."""
-    sizes = {"grid": tokenizer.grid, "token_dim": tokenizer.token_dim, "num_classes": len(class_names)}
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(config.seed)
-        network = MAR(dataclasses.replace(config.model, **sizes))
+        network = MAR(sizes(config, tokenizer, len(class_names)))
     return Pipeline(network, tokenizer, class_names, config.sampling)
 
 

@@ -1,0 +1,96 @@
+"""The whole path on an autoencoder's latents: encode, train, distil, align, measure, export; from images and shards."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+from safetensors.torch import load_file
+from small_codec import make_codec, write_images
+
+import marval
+from marval.__main__ import main
+from marval.config import DistillConfig, GSIMConfig, MARConfig, RLConfig, SamplingConfig, TrainConfig
+from marval.distill import distill
+from marval.rl import rl
+from marval.train import train
+
+MODEL = MARConfig(width=32, depth=1, heads=2, buffer_size=2, head_width=32, head_depth=1)
+COMMON = {"steps": 3, "batch": 6, "log_every": 1, "save_every": 3, "sample_every": 3}
+CONFIG = TrainConfig(
+    **COMMON, patch_size=2, image_size=32, flip=True, model=MODEL,
+    sampling=SamplingConfig(ar_steps=4, head_steps=3, solver="ddim"),
+)  # fmt: skip
+REWARD = "def dark(images, prompts):\n    return -images.mean((1, 2, 3))\ndark.differentiable = True\n"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Images of two classes, an autoencoder, latents, and a teacher of the latents."""
+    root = tmp_path_factory.mktemp("latents")
+    write_images(root / "images", [f"{name}/{i}.jpg" for name in ("ant", "bee") for i in range(5)])
+    make_codec(root / "codec")
+    args = ["encode", "--images", root / "images", "--tokenizer", root / "codec", "--image-size", 32]
+    main([str(arg) for arg in [*args, "--shard-size", 4, "--out", root / "latents"]])
+    train(dataclasses.replace(CONFIG, data=str(root / "latents")), root / "teacher")
+    return root
+
+
+def test_a_teacher_of_latents(made: Path):
+    model = marval.load(made / "teacher")
+    assert model.class_names == ["ant", "bee"]
+    sizes = model.network.config
+    assert (sizes.grid, sizes.token_dim) == (4, 16)
+    images = model.sample(["ant", None], seed=1)
+    assert images.shape == (2, 32, 32, 3)
+    assert (made / "teacher" / "samples" / "step-000003.png").exists()
+    keep = np.eye(4, dtype=bool)
+    completed = model.sample(["bee"], images=images[:1], keep=keep)
+    assert completed.shape == (1, 32, 32, 3)
+    assert all(np.isfinite(list(row.values())).all() for row in tiny.metrics(made / "teacher"))
+
+
+def test_training_from_images_samples_the_same_posterior(made: Path, tmp_path: Path):
+    """A deterministic autoencoder gives the same latents on the fly, but for float16 and the order of splits."""
+    config = dataclasses.replace(CONFIG, data=str(made / "images"), tokenizer=str(made / "codec"))
+    model = train(config, tmp_path / "run")
+    assert (tmp_path / "run" / "tokenizer").is_dir()
+    assert model.sample(["bee"]).shape == (1, 32, 32, 3)
+    first = [tiny.metrics(path)[0]["loss"] for path in (tmp_path / "run", made / "teacher")]
+    assert first[0] == pytest.approx(first[1], rel=0.1)  # other images: one in five is held out
+
+
+@pytest.mark.parametrize("trained", ["head", "all"])
+def test_distil_align_and_export(made: Path, trained: str, tmp_path: Path):
+    distilled = DistillConfig(**COMMON, data=str(made / "latents"), ar_steps=4, flip=True, trained=trained, rollout=0.5)  # type: ignore[arg-type]
+    distill(distilled, made / "teacher", tmp_path / "student")
+    (tmp_path / "reward.py").write_text(REWARD)
+    aligned = RLConfig(
+        **COMMON, ar_steps=4, reward=f"{tmp_path / 'reward.py'}:dark", eval_images=6, eval_every=1,
+        gsim=GSIMConfig(lr=1e-3, auxiliary_lr=1e-3), trained=trained, patience=0, anchor=0.01, accumulate=2,
+    )  # type: ignore[arg-type]  # fmt: skip
+    model = rl(aligned, tmp_path / "student", tmp_path / "aligned")
+    held_out = [row["reward_heldout"] for row in tiny.metrics(tmp_path / "aligned") if "reward_heldout" in row]
+    assert max(held_out) > held_out[0], "the gradient reaches the tokens through the autoencoder's decoder"
+    main(["export", "--model", str(tmp_path / "aligned"), "--out", str(tmp_path / "shipped")])
+    shipped = marval.load(tmp_path / "shipped")
+    assert np.array_equal(shipped.sample(["ant", "bee"], seed=3), model.sample(["ant", "bee"], seed=3))
+    assert not (tmp_path / "shipped" / "checkpoint.pt").exists()
+
+
+def test_raw_weights(made: Path):
+    raw, averaged = (marval.load(made / "teacher", weights=weights).network.state_dict() for weights in ("raw", "ema"))
+    saved = load_file(made / "teacher" / "model.safetensors")
+    name = "head.input_proj.weight"
+    assert (averaged[name] == saved[name]).all()
+    assert (raw[name] != saved[name]).any()
+
+
+def test_latents_of_another_autoencoder_are_refused(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    make_codec(tmp_path / "codec", gain=2.0)
+    args = ["encode", "--images", made / "images", "--tokenizer", tmp_path / "codec", "--image-size", 32]
+    main([str(arg) for arg in [*args, "--out", tmp_path / "latents"]])
+    args = ["distill", "digits", "--teacher", made / "teacher", "--data", tmp_path / "latents", "--out", tmp_path / "x"]
+    assert "latents of another autoencoder than the teacher's" in tiny.refused(capsys, *args)
+    assert not (tmp_path / "x").exists()
