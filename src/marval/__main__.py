@@ -1,15 +1,12 @@
 """The command line: one verb, one function. A user's error is one line on stderr and exit code 2."""
 
-import contextlib
-import difflib
-import functools
-import io
 import os
-import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
+
+from marval.cli import flat, nearest, parse, positional, recipe, say
 
 USAGE = """usage: marval VERB ...
 
@@ -18,92 +15,42 @@ USAGE = """usage: marval VERB ...
   distill RECIPE     distil a teacher into a one-step student (GSIM)
   rl RECIPE          align a student with a reward
   sample             draw images from a model
-  evaluate           measure a model against real images
+  evaluate [RECIPE]  measure a model against real images
   bench              time a teacher and its student
+  encode             turn images into latents on disk, once, for training
   train-classifier   train the small classifier that gives features, accuracy and reward
   import-mar         turn a published MAR checkpoint into a model folder
+  import-kl16        turn MAR's KL-16 autoencoder into a tokenizer folder
+  import-taesd       turn a tiny autoencoder (TAESD) into a tokenizer folder
+  export             write a model folder to publish, with a model card
 
-`marval VERB --help` lists a verb's options; for those with recipes, `marval train digits --help`. Recipes: digits."""
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """A hint at the known word that is closest to a mistyped one."""
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
-
-
-def parse(function: Callable[..., None], verb: str, args: list[str]) -> None:
-    """Call the function with its keyword arguments read from flags.
-
-    Raises:
-        ValueError: an unknown flag (names the nearest one), a missing one, a bad value; one line.
-    """
-    import tyro
-
-    settings: dict[str, Any] = {"prog": f"marval {verb}", "config": (tyro.conf.FlagCreatePairsOff,)}
-
-    @functools.wraps(function)
-    def deferred(*positional: Any, **flags: Any) -> Callable[[], None]:
-        return lambda: function(*positional, **flags)
-
-    given = [word.split("=")[0].replace("_", "-") for word in args if word.startswith("--") and word != "--help"]
-    if given:
-        with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()) as usage:
-            tyro.cli(deferred, args=["--help"], **settings)
-        known = set(re.findall(r"--[a-z][\w.-]*", usage.getvalue()))
-        for flag in given:
-            if flag not in known:
-                raise ValueError(f"unknown flag {flag}{nearest(flag, known)}; see marval {verb} --help")
-    message = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(message):
-            call = tyro.cli(deferred, args=args, **settings)
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-        text = " ".join(re.sub("[╭╮╰╯│─]+", " ", message.getvalue()).split())
-        raise ValueError(f"{text.split(' For full helptext')[0]}; see marval {verb} --help") from None
-    call()
-
-
-def say(text: str) -> None:
-    """Print, on one of several processes only."""
-    if os.environ.get("RANK", "0") == "0":
-        print(text)
-
-
-def recipe(verb: str, recipes: dict[str, Callable[[], Any]], args: list[str]) -> tuple[Any, list[str]]:
-    """The recipe that the first word names, and the flags that follow."""
-    if args and args[0] in ("-h", "--help"):
-        return next(iter(recipes.values()))(), args
-    if not args or args[0].startswith("-"):
-        raise ValueError(f"name a recipe first: marval {verb} {'|'.join(recipes)} --out DIR")
-    if args[0] not in recipes:
-        raise ValueError(f"unknown recipe {args[0]!r}{nearest(args[0], recipes)}: choose from {', '.join(recipes)}")
-    return recipes[args[0]](), args[1:]
-
-
-def flat(config: Any) -> Any:
-    """Type of an argument whose fields are flags without a prefix."""
-    import tyro
-
-    return Annotated[type(config), tyro.conf.arg(name="")]
+`marval VERB --help` lists a verb's options; for those with recipes, `marval train digits --help`.
+Recipes: digits, imagenet256-b, imagenet256-l, imagenet256-h; --dry-run says what a run needs."""
 
 
 def train_verb(args: list[str]) -> None:
     from marval import recipes
 
-    default, rest = recipe("train", recipes.TRAIN, args)
+    name, default, rest = recipe("train", recipes.TRAIN, args)
 
-    def train(*, out: Path, resume: bool = False, config: flat(default) = default) -> None:  # type: ignore[valid-type]
+    def train(
+        *, out: Path | None = None, resume: bool = False, dry_run: bool = False, processes: int = 1,
+        config: flat(default) = default,  # type: ignore[valid-type]
+    ) -> None:  # fmt: skip
         """Train a MAR teacher.
 
         Args:
             out: Folder of the run; the model in it can be loaded at any time.
             resume: Go on with the run in --out, exactly.
+            dry_run: Do nothing but print parameters, memory, operations and time of the run.
+            processes: Of torchrun, in a dry run.
         """
+        if dry_run:
+            plan("train", config, sizes_for(name, config), processes)
+            return
         from marval.train import train
 
+        out = needed(out, "out")
         train(config, out, resume)
         say(f"teacher in {out}")
 
@@ -113,18 +60,27 @@ def train_verb(args: list[str]) -> None:
 def distill_verb(args: list[str]) -> None:
     from marval import recipes
 
-    default, rest = recipe("distill", recipes.DISTILL, args)
+    name, default, rest = recipe("distill", recipes.DISTILL, args)
 
-    def distill(*, teacher: Path, out: Path, resume: bool = False, config: flat(default) = default) -> None:  # type: ignore[valid-type]
+    def distill(
+        *, teacher: Path | None = None, out: Path | None = None, resume: bool = False, dry_run: bool = False,
+        processes: int = 1, config: flat(default) = default,  # type: ignore[valid-type]
+    ) -> None:  # fmt: skip
         """Distil a teacher's inner diffusion chain into one step (GSIM).
 
         Args:
             teacher: Folder of the teacher.
             out: Folder of the run; the student in it can be loaded at any time.
             resume: Go on with the run in --out, exactly.
+            dry_run: Do nothing but print parameters, memory, operations and time of the run.
+            processes: Of torchrun, in a dry run.
         """
+        if dry_run:
+            plan("distill", config, sizes_for(name, config, teacher), processes)
+            return
         from marval.distill import distill
 
+        teacher, out = needed(teacher, "teacher"), needed(out, "out")
         distill(config, teacher, out, resume)
         say(f"student in {out}")
 
@@ -134,22 +90,53 @@ def distill_verb(args: list[str]) -> None:
 def rl_verb(args: list[str]) -> None:
     from marval import recipes
 
-    default, rest = recipe("rl", recipes.RL, args)
+    name, default, rest = recipe("rl", recipes.RL, args)
 
-    def rl(*, student: Path, out: Path, resume: bool = False, config: flat(default) = default) -> None:  # type: ignore[valid-type]
+    def rl(
+        *, student: Path | None = None, out: Path | None = None, resume: bool = False, dry_run: bool = False,
+        processes: int = 1, config: flat(default) = default,  # type: ignore[valid-type]
+    ) -> None:  # fmt: skip
         """Align a student with a reward.
 
         Args:
             student: Folder of the student.
             out: Folder of the run; the best model so far in it can be loaded at any time.
             resume: Go on with the run in --out, exactly.
+            dry_run: Do nothing but print parameters, memory, operations and time of the run.
+            processes: Of torchrun, in a dry run.
         """
+        if dry_run:
+            plan("rl", config, sizes_for(name, config, student), processes)
+            return
         from marval.rl import rl
 
+        student, out = needed(student, "student"), needed(out, "out")
         rl(config, student, out, resume)
         say(f"aligned student in {out}")
 
     parse(rl, "rl RECIPE", rest)
+
+
+def needed(value: Path | None, flag: str) -> Path:
+    """The value of a flag that only a dry run can do without."""
+    if value is None:
+        raise ValueError(f"--{flag} is missing")
+    return value
+
+
+def sizes_for(recipe: str, config: Any, folder: Path | None = None) -> Any:
+    """Sizes of the network, for a dry run: of the model in the folder, or those of the recipe's data."""
+    from marval import recipes
+    from marval.pipeline import read_sizes
+
+    return recipes.sizes(recipe, config) if folder is None else read_sizes(folder)
+
+
+def plan(verb: Any, config: Any, sizes: Any, processes: int) -> None:
+    """Print what a run needs."""
+    from marval import dryrun
+
+    print(dryrun.table(dryrun.plan(verb, config, sizes, processes)))
 
 
 def quickstart_verb(args: list[str]) -> None:
@@ -180,6 +167,7 @@ def sample_verb(args: list[str]) -> None:
         guidance_schedule: Literal["constant", "linear"] | None = None, order: str | None = None,
         head_steps: int | None = None, solver: Literal["ancestral", "ddim"] | None = None,
         temperature: float | None = None, batch_size: int = 64, device: str = "auto",
+        precision: Literal["auto", "float32", "bf16"] = "auto", shard: bool = False,
     ) -> None:  # fmt: skip
         """Draw images: PNG files, grid.png, and samples.npz with uint8 NHWC `images` and `labels`.
 
@@ -198,46 +186,53 @@ def sample_verb(args: list[str]) -> None:
             temperature: Scale of the noise.
             batch_size: Images at a time.
             device: cpu, cuda, or auto.
+            precision: bf16 by autocast; auto: bf16 on CUDA, float32 on the CPU.
+            shard: Split the weights over the processes of torchrun (FSDP2).
         """
-        from marval.evaluate import save_images
+        from marval.draw import save_images
 
         settings = {
             "ar_steps": ar_steps, "guidance": guidance, "guidance_schedule": guidance_schedule, "order": order,
             "head_steps": head_steps, "solver": solver, "temperature": temperature,
         }  # fmt: skip
-        save_images(model, out, classes, num_images, seed, batch_size, device, settings)
+        save_images(model, out, classes, num_images, seed, batch_size, device, precision, shard, settings)
 
     parse(sample, "sample", args)
 
 
 def evaluate_verb(args: list[str]) -> None:
+    from marval import recipes
+
+    name, default, rest = "digits", recipes.EVALUATE["digits"](), args
+    if args and not args[0].startswith("-"):
+        name, default, rest = recipe("evaluate", recipes.EVALUATE, args)
+
     def evaluate(
-        *, model: Path, reference: str, out: Path, num_images: int = 5000, features: Path | None = None, seed: int = 0,
-        ar_steps: int | None = None, guidance: float | None = None, order: str | None = None,
-        head_steps: int | None = None, device: str = "auto",
+        *, model: Path | None = None, out: Path | None = None, resume: bool = False, png: Path | None = None,
+        save_reference: Path | None = None, dry_run: bool = False, processes: int = 1,
+        config: flat(default) = default,  # type: ignore[valid-type]
     ) -> None:  # fmt: skip
-        """Frechet distance to real images and accuracy, over the features of a classifier.
+        """Frechet distances, Inception Score, KID, precision, recall, accuracy and rewards of a model's images.
+
+        Several values of --guidance, --ar-steps or --head-steps make a table of all combinations, and a plot.
 
         Args:
             model: Folder of a teacher or a student.
-            reference: `digits`, a folder or .npz of images, or an .npz with `mu` and `sigma`.
             out: JSON file of the results.
-            num_images: Images to draw, over all classes in turn.
-            features: Folder of the classifier; by default the `classifier` folder beside the model's, as the
-                quickstart makes it.
-            seed: Of the images.
-            ar_steps: AR steps K; the model's default if left out, as all below.
-            guidance: Guidance scale w; 1 is no guidance.
-            order: random, raster or centre-out.
-            head_steps: Denoising steps of a teacher's inner chain.
-            device: cpu, cuda, or auto.
+            resume: Go on with an interrupted evaluation.
+            png: New folder for the images, which are not kept otherwise.
+            save_reference: New .npz for the features and statistics of the reference, to be named as --reference.
+            dry_run: Do nothing but print parameters, memory, operations and time.
+            processes: Of torchrun, in a dry run.
         """
+        if dry_run:
+            plan("evaluate", config, sizes_for(name, config, model), processes)
+            return
         from marval.evaluate import evaluate_folder
 
-        settings = {"ar_steps": ar_steps, "guidance": guidance, "order": order, "head_steps": head_steps}
-        evaluate_folder(model, reference, out, num_images, features, seed, device, settings)
+        evaluate_folder(needed(model, "model"), needed(out, "out"), config, resume, png, save_reference)
 
-    parse(evaluate, "evaluate", args)
+    parse(evaluate, "evaluate", rest)
 
 
 def bench_verb(args: list[str]) -> None:
@@ -306,32 +301,103 @@ def classifier_verb(args: list[str]) -> None:
     parse(train_classifier, "train-classifier", args)
 
 
-def import_verb(args: list[str]) -> None:
-    # the checkpoint is a positional argument
+def encode_verb(args: list[str]) -> None:
+    def encode(
+        *, images: str, tokenizer: str, out: Path, image_size: int = 256, batch: int = 16, shard_size: int = 4096,
+        on_error: Literal["stop", "skip"] = "stop", device: str = "auto", resume: bool = False,
+    ) -> None:  # fmt: skip
+        """Turn images, and their mirror images, into latents on disk, for --data of train and distill.
+
+        Args:
+            images: Folder with one sub-folder of images per class, or tar files (webdataset): one, a folder of them,
+                or a quoted pattern.
+            tokenizer: Folder of an autoencoder (import-kl16, import-taesd, diffusers AutoencoderKL), or hub name.
+            out: Folder for the latents.
+            image_size: Images are centre-cropped and scaled to squares of this size.
+            batch: Images at a time.
+            shard_size: Images per file; processes of torchrun share the files.
+            on_error: At an image that cannot be read: stop, or leave it out and report it.
+            device: cpu, cuda, or auto.
+            resume: Go on with an interrupted encoding.
+        """
+        from marval.encode import encode
+
+        encode(images, tokenizer, out, image_size, batch, shard_size, on_error, device, resume)
+
+    parse(encode, "encode", args)
+
+
+def import_mar_verb(args: list[str]) -> None:
     def import_mar(
-        checkpoint: Annotated[Path, _positional()], /, *, out: Path, preset: str | None = None,
-        heads: int | None = None, weights: Literal["ema", "raw"] = "ema",
+        checkpoint: Annotated[Path, positional()], /, *, out: Path, preset: str | None = None,
+        heads: int | None = None, weights: Literal["ema", "raw"] = "ema", tokenizer: str | None = None,
     ) -> None:  # fmt: skip
         """Turn a MAR checkpoint (checkpoint-last.pth) into a model folder; strict, with safe unpickling.
 
         Args:
-            checkpoint: The file.
+            checkpoint: The file; or a .safetensors file of its raw or averaged weights.
             out: New folder for the model.
             preset: mar-b, mar-l or mar-h: gives the attention heads, and the sizes must agree.
             heads: Attention heads per block, for a model that is no preset; its other sizes are read off the file.
             weights: The average that the authors evaluate, or the raw weights.
+            tokenizer: Folder of its autoencoder (import-kl16), or hub name, to be put into the model folder; without
+                it the model draws tokens, not images.
         """
         from marval.importing import import_mar
 
-        print(import_mar(checkpoint, out, preset, heads, weights))
+        print(import_mar(checkpoint, out, preset, heads, weights, tokenizer))
 
     parse(import_mar, "import-mar", args)
 
 
-def _positional() -> Any:
-    import tyro
+def import_kl16_verb(args: list[str]) -> None:
+    def import_kl16(checkpoint: Annotated[Path, positional()], /, *, out: Path) -> None:
+        """Turn MAR's KL-16 autoencoder (kl16.ckpt) into a tokenizer folder, in diffusers' AutoencoderKL format.
 
-    return tyro.conf.Positional
+        Args:
+            checkpoint: The file.
+            out: New folder for the tokenizer.
+        """
+        from marval.importing import import_kl16
+
+        print(import_kl16(checkpoint, out))
+
+    parse(import_kl16, "import-kl16", args)
+
+
+def import_taesd_verb(args: list[str]) -> None:
+    def import_taesd(
+        encoder: Annotated[Path, positional()], decoder: Annotated[Path, positional()], /, *, out: Path
+    ) -> None:
+        """Turn a tiny autoencoder (TAESD and its kin) into a tokenizer folder.
+
+        Args:
+            encoder: File of the encoder's weights (.pth or .safetensors).
+            decoder: File of the decoder's weights.
+            out: New folder for the tokenizer.
+        """
+        from marval.importing import import_taesd
+
+        print(import_taesd(encoder, decoder, out))
+
+    parse(import_taesd, "import-taesd", args)
+
+
+def export_verb(args: list[str]) -> None:
+    def export(*, model: Path, out: Path, licence: str | None = None, numbers: Path | None = None) -> None:
+        """Write a model folder to publish: weights, config, autoencoder and a model card.
+
+        Args:
+            model: Folder of a teacher or a student.
+            out: New folder.
+            licence: Of the weights, such as apache-2.0.
+            numbers: JSON of marval evaluate, for the card.
+        """
+        from marval.export import export
+
+        print(export(model, out, licence, numbers))
+
+    parse(export, "export", args)
 
 
 VERBS: dict[str, Callable[[list[str]], None]] = {
@@ -342,8 +408,12 @@ VERBS: dict[str, Callable[[list[str]], None]] = {
     "sample": sample_verb,
     "evaluate": evaluate_verb,
     "bench": bench_verb,
+    "encode": encode_verb,
     "train-classifier": classifier_verb,
-    "import-mar": import_verb,
+    "import-mar": import_mar_verb,
+    "import-kl16": import_kl16_verb,
+    "import-taesd": import_taesd_verb,
+    "export": export_verb,
 }
 
 
@@ -352,7 +422,7 @@ def main(argv: list[str] | None = None) -> None:
     args = sys.argv[1:] if argv is None else argv
     if not args or args[0] in ("-h", "--help"):
         args = ["--help"]
-    verb = args[0]
+    verb, failure = args[0], None
     try:
         if verb == "--help":
             print(USAGE)
@@ -365,16 +435,21 @@ def main(argv: list[str] | None = None) -> None:
     except BrokenPipeError:  # the reader of our output left, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, FloatingPointError, OSError) as error:
+        failure = error
         if os.environ.get("MARVAL_TRACEBACK"):
             raise
         print(f"marval {verb}: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
+        failure = error
         print(f"\nmarval {verb}: stopped; a run goes on from its last checkpoint with --resume", file=sys.stderr)
         sys.exit(130)
+    except Exception as error:
+        failure = error
+        raise
     finally:
         if "marval.distributed" in sys.modules:
-            sys.modules["marval.distributed"].disconnect()
+            sys.modules["marval.distributed"].disconnect(failure)
 
 
 if __name__ == "__main__":

@@ -43,15 +43,16 @@ def check_data(data: ImageDataset | LatentDataset, teacher: Pipeline) -> None:
     """Raises ValueError unless the images and classes are of the kind that the teacher was trained on."""
     tokenizer = teacher.tokenizer
     wanted = f"images of {tokenizer.image_size} pixels and {tokenizer.image_channels} channels"
+    fits = False
     if isinstance(data, LatentDataset):
         shape = data.shards[0].shape[2:]
         found = f"latents {'x'.join(map(str, shape))} of images of {data.image_size} pixels"
-        fits = isinstance(tokenizer, LatentTokenizer) and data.image_size == tokenizer.image_size
-        fits = fits and shape[0] == 2 * tokenizer.channels and shape[1] == tokenizer.image_size // tokenizer.stride
-        made_by = autoencoder_digest(data.tokenizer_folder)
-        if fits and tokenizer.folder is not None and autoencoder_digest(tokenizer.folder) != made_by:
-            remedy = f"encode the images with --tokenizer {tokenizer.folder}"
-            raise ValueError(f"{data.source}, are latents of another autoencoder than the teacher's: {remedy}")
+        if isinstance(tokenizer, LatentTokenizer) and data.image_size == tokenizer.image_size:
+            side = tokenizer.image_size // tokenizer.stride
+            fits = shape == (2 * tokenizer.channels, side, side)
+            if tokenizer.folder and autoencoder_digest(tokenizer.folder) != autoencoder_digest(data.tokenizer_folder):
+                remedy = f"encode the images with --tokenizer {tokenizer.folder}"
+                raise ValueError(f"{data.source}, are latents of another autoencoder than the teacher's: {remedy}")
     else:
         height, width, channels = data.images.shape[1:]
         found = f"images {height}x{width} with {channels} channels"
@@ -105,9 +106,9 @@ def distill(config: DistillConfig, teacher_folder: Path, out: Path, resume: bool
     draw_token = one_evaluation(student.head, model.schedule, config.student.t_init, clamp=tokenizer.token_range)
 
     def averaged() -> Pipeline:
-        provenance = {"verb": "distill", "data": data.source, "data_licence": data.licence}
-        if teacher.provenance:
-            provenance["teacher"] = teacher.provenance
+        provenance = {"verb": "distill", "data": data.source, "data_licence": data.licence} | (
+            {"teacher": teacher.provenance} if teacher.provenance else {}
+        )
         network = averaged_network(student, ema, blank)
         return Pipeline(network, tokenizer, data.class_names, model.sampling, config.student, provenance)
 
