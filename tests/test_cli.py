@@ -53,7 +53,7 @@ def test_usage_and_help(capsys: pytest.CaptureFixture[str]):
         main(args)
         assert capsys.readouterr().out == USAGE + "\n"
     for verb in VERBS:
-        assert re.search(rf"^  {verb}( RECIPE)?  ", USAGE, re.MULTILINE), verb
+        assert re.search(rf"^  {verb}( RECIPE| .RECIPE.)?  ", USAGE, re.MULTILINE), verb
         with pytest.raises(SystemExit) as stop:
             main([verb, "--help"])
         captured = capsys.readouterr()

@@ -116,7 +116,7 @@ def test_user_file(tmp_path: Path, images: Tensor):
         (f"{tmp_path}/nowhere.py:f", r"does not exist: give path/to/file.py:function"),
         (f"{tmp_path}/broken.py:f", r"fails on import: ModuleNotFoundError: No module named 'nothing_of_this_name'"),
         (f"{tmp_path}/notes.txt:f", r"its name must end in .py"),
-        ("beauty", r"unknown reward 'beauty': choose classifier, reads-class or"),
+        ("beauty", r"unknown reward 'beauty': choose classifier, reads-class, clip:FOLDER,"),
     ):
         with pytest.raises(ValueError, match=message):
             load(spec)

@@ -46,7 +46,7 @@ def train_verb(args: list[str]) -> None:
             processes: Of torchrun, in a dry run.
         """
         if dry_run:
-            plan("train", config, sizes_for(name, config), processes)
+            plan("train", name, config, None, processes)
             return
         from marval.train import train
 
@@ -76,7 +76,7 @@ def distill_verb(args: list[str]) -> None:
             processes: Of torchrun, in a dry run.
         """
         if dry_run:
-            plan("distill", config, sizes_for(name, config, teacher), processes)
+            plan("distill", name, config, teacher, processes)
             return
         from marval.distill import distill
 
@@ -106,7 +106,7 @@ def rl_verb(args: list[str]) -> None:
             processes: Of torchrun, in a dry run.
         """
         if dry_run:
-            plan("rl", config, sizes_for(name, config, student), processes)
+            plan("rl", name, config, student, processes)
             return
         from marval.rl import rl
 
@@ -124,19 +124,13 @@ def needed(value: Path | None, flag: str) -> Path:
     return value
 
 
-def sizes_for(recipe: str, config: Any, folder: Path | None = None) -> Any:
-    """Sizes of the network, for a dry run: of the model in the folder, or those of the recipe's data."""
-    from marval import recipes
-    from marval.pipeline import read_sizes
+def plan(verb: Any, recipe: str, config: Any, folder: Path | None, processes: int) -> None:
+    """Print what a run needs that starts from the model in the folder, or from what the recipe says."""
+    from marval import dryrun, recipes
+    from marval.pipeline import read_config
 
-    return recipes.sizes(recipe, config) if folder is None else read_sizes(folder)
-
-
-def plan(verb: Any, config: Any, sizes: Any, processes: int) -> None:
-    """Print what a run needs."""
-    from marval import dryrun
-
-    print(dryrun.table(dryrun.plan(verb, config, sizes, processes)))
+    sizes, student = (recipes.sizes(recipe, config), None) if folder is None else read_config(folder)[:2]
+    print(dryrun.table(dryrun.plan(verb, config, sizes, processes, student=student)))
 
 
 def quickstart_verb(args: list[str]) -> None:
@@ -226,7 +220,7 @@ def evaluate_verb(args: list[str]) -> None:
             processes: Of torchrun, in a dry run.
         """
         if dry_run:
-            plan("evaluate", config, sizes_for(name, config, model), processes)
+            plan("evaluate", name, config, model, processes)
             return
         from marval.evaluate import evaluate_folder
 

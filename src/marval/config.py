@@ -180,7 +180,7 @@ class TrainConfig(RunConfig):
     lr: float = 1e-3
     """Peak learning rate of AdamW (betas 0.9, 0.95)."""
     weight_decay: float = 0.02
-    """Decoupled weight decay of matrices; vectors have none."""
+    """Decoupled weight decay of the backbone's matrices; vectors and the head have none, as in MAR."""
     warmup: int = 100
     """Updates of linear warm-up."""
     decay: bool = True

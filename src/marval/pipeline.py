@@ -29,6 +29,25 @@ from marval.tokenizers import (
 FORMAT = 1
 
 
+def read_config(folder: Path) -> tuple[MARConfig, StudentConfig | None, dict[str, Any]]:
+    """Sizes of the network of a model's folder, how it is evaluated if it is a student, and the whole config.json.
+
+    Raises:
+        ValueError: there is no config.json of marval; names the file.
+    """
+    file = folder / "config.json"
+    config = read_json(file)
+    if not isinstance(config, dict) or config.get("format") != FORMAT or "model" not in config:
+        raise ValueError(f"{file} does not describe a marval model (format {FORMAT})")
+    try:
+        student = None if config["student"] is None else from_dict(StudentConfig, config["student"])
+        # marval 0.1 stored one setting here that is a run's and changes no result
+        sizes = {name: value for name, value in config["model"].items() if name != "activation_checkpointing"}
+        return from_dict(MARConfig, sizes), student, config
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{file}: {error}") from None
+
+
 class Pipeline:
     """A MAR teacher (``student is None``) or a one-step student, ready to sample.
 
@@ -77,19 +96,14 @@ class Pipeline:
         """
         path = Path(path)
         check(weights in ("ema", "raw"), f"unknown weights {weights!r}: choose ema or raw")
-        config = read_json(path / "config.json")
-        if not isinstance(config, dict) or config.get("format") != FORMAT or "model" not in config:
-            raise ValueError(f"{path / 'config.json'} does not describe a marval model (format {FORMAT})")
+        sizes, student, config = read_config(path)
         try:
-            student = None if config["student"] is None else from_dict(StudentConfig, config["student"])
-            # marval 0.1 stored one setting here that is a run's and changes no result
-            sizes = {name: value for name, value in config["model"].items() if name != "activation_checkpointing"}
             with torch.device("meta"):  # the weights follow: none are drawn
-                network = MAR(from_dict(MARConfig, sizes), bool(student and student.guidance_range))
+                network = MAR(sizes, bool(student and student.guidance_range))
             folder = path / "tokenizer" if (path / "tokenizer" / CONFIG).exists() else None
             tokenizer = tokenizer_from_dict(config["tokenizer"], folder)
             sampling_defaults = from_dict(SamplingConfig, config["sampling"])
-            names, sizes = config["class_names"], network.config
+            names = config["class_names"]
             check(
                 (tokenizer.grid, tokenizer.token_dim) == (sizes.grid, sizes.token_dim),
                 f"the tokenizer makes {tokenizer.grid}x{tokenizer.grid} tokens of {tokenizer.token_dim}, "

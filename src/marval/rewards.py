@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from marval.models.classifier import Classifier
+from marval.models.clip import Clip
 
 
 class Reward(Protocol):
@@ -73,6 +74,39 @@ class ReadsClass(_ClassifierReward):
         return (self.classifier(images).argmax(1) == self.labels(prompts, images.device)).float()
 
 
+class ClipScore:
+    """100 times the cosine of image and prompt under a CLIP: the CLIP score, at most 100.
+
+    The unit of torchmetrics and of the papers whose CLIP scores are near 30, MARVAL's 29.33 among them; Hessel et al.
+    (arXiv 2104.08718) scale the same cosine by 2.5. They clamp at 0, where a reward would lose its gradient; ours does
+    not. A score means nothing without the name of the CLIP.
+    """
+
+    differentiable = True
+
+    def __init__(self, clip: Clip):
+        self.clip = clip
+
+    def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
+        return 100 * self.clip.cosine(images, prompts)
+
+
+class PickScore:
+    """exp(logit_scale) times the cosine of image and prompt under PickScore's CLIP-H (arXiv 2305.01569).
+
+    As its authors' code: for PickScore_v1 the scale is about 100, and scores are about 18 to 24. Some codes divide
+    by 100 or by 26 afterwards.
+    """
+
+    differentiable = True
+
+    def __init__(self, clip: Clip):
+        self.clip = clip
+
+    def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
+        return self.clip.logit_scale * self.clip.cosine(images, prompts)
+
+
 class UserReward:
     """A user's function (images, prompts) -> (B,); its attribute ``differentiable`` counts, default False."""
 
@@ -115,18 +149,25 @@ def load_reward(
     """A reward by name.
 
     Args:
-        spec: ``classifier`` (`ClassifierLogProb`), ``reads-class`` (`ReadsClass`), or ``path/to/file.py:function``.
+        spec: ``classifier`` (`ClassifierLogProb`), ``reads-class`` (`ReadsClass`), ``clip:SOURCE`` (`ClipScore`) or
+            ``pickscore:SOURCE`` (`PickScore`) with a folder or a hub name, or ``path/to/file.py:function``.
         classifier: folder of the classifier that the first two use.
         class_names: of the model to be trained. template: of its prompts, with {class}.
 
     Raises:
-        ValueError: unknown name, no such file or function, or a classifier of other classes.
+        ValueError: unknown name, no such file or function, a classifier of other classes, or no whole CLIP.
     """
     prompts = class_prompts(template, class_names)
+    kind, _, source = spec.partition(":")
+    if kind in ("clip", "pickscore"):
+        if not source:
+            raise ValueError(f"reward {spec!r} needs a model: give {kind}:FOLDER or {kind}:HUB_NAME")
+        return {"clip": ClipScore, "pickscore": PickScore}[kind](Clip.load(source, device))
     built_in = {"classifier": ClassifierLogProb, "reads-class": ReadsClass}.get(spec)
     if built_in is None:
         if ":" not in spec:
-            raise ValueError(f"unknown reward {spec!r}: choose classifier, reads-class or path/to/file.py:function")
+            known = "classifier, reads-class, clip:FOLDER, pickscore:FOLDER or path/to/file.py:function"
+            raise ValueError(f"unknown reward {spec!r}: choose {known}")
         return UserReward(_import_function(spec))
     if not classifier:
         raise ValueError(f"reward {spec!r} needs a classifier's folder: make one with marval train-classifier")

@@ -193,7 +193,8 @@ def held_out(
     rows, _, weight = world.parts(config.eval_images)[0]
     labels = torch.arange(rows.start, rows.stop, device=world.device) % len(model.class_names)
     seed = config.seed + HELD_OUT_SEED
-    images = model.sample(labels.tolist(), seed=seed, first_image=rows.start, batch_size=256)
+    batch = world.parts(config.batch, config.accumulate)[0].own.stop  # as many as an update decodes at once
+    images = model.sample(labels.tolist(), seed=seed, first_image=rows.start, batch_size=batch)
     x = to_float(torch.from_numpy(images)).to(world.device)
     with torch.no_grad():
         values = {"reward_heldout": score(reward, x, [prompts[i] for i in labels.tolist()]).mean()}

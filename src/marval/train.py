@@ -47,11 +47,11 @@ def build_teacher(config: TrainConfig, tokenizer: Tokenizer, class_names: list[s
 
 
 def adamw(network: MAR, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW with betas (0.9, 0.95); vectors and learned positions have no weight decay, as in MAR."""
-    matrices = [p for name, p in network.named_parameters() if p.ndim > 1 and "embed_learned" not in name]
-    vectors = [p for name, p in network.named_parameters() if p.ndim <= 1 or "embed_learned" in name]
+    """AdamW with betas (0.9, 0.95); vectors and the head have no weight decay, as in MAR's code."""
+    decayed = {name for name, p in network.named_parameters() if p.ndim > 1 and not name.startswith("head.")}
+    groups = [[p for name, p in network.named_parameters() if (name in decayed) == wanted] for wanted in (True, False)]
     return torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+        [{"params": groups[0], "weight_decay": config.weight_decay}, {"params": groups[1], "weight_decay": 0.0}],
         lr=config.lr, betas=(0.9, 0.95), fused=True,
     )  # fmt: skip
 

@@ -1,0 +1,117 @@
+"""What a computation costs, found on the meta device, without memory or data: operations, and bytes at its peak.
+
+Operations are those of `torch.utils.flop_counter` (matrix products, convolutions, attention; a multiplication and its
+addition count as two). Bytes are the largest sum of the storages that are alive at the same time. The meta device has
+no autocast: within `without_data` the functions that our networks call do what CUDA's does.
+"""
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+
+class _Autocast(torch.autocast):
+    """The CPU's autocast, which stands for that of the meta device, which has none (see `without_data`)."""
+
+    casts: ClassVar[dict[int, tuple[Tensor, Tensor]]] = {}
+
+    def __init__(self, device_type: str, *args: Any, **kwargs: Any):
+        super().__init__("cpu" if device_type == "meta" else device_type, *args, **kwargs)
+
+    def __exit__(self, *args: Any) -> Any:
+        result = super().__exit__(*args)
+        if not torch.is_autocast_enabled("cpu"):
+            self.casts.clear()
+        return result
+
+
+def _cast(x: Tensor) -> Tensor:
+    """x in bfloat16; trained weights are cast once in an autocast region, but anew where blocks are recomputed."""
+    if not (x.is_leaf and x.requires_grad) or torch._C._current_graph_task_id() >= 0:
+        return x.bfloat16()
+    return _Autocast.casts.setdefault(id(x), (x, x.bfloat16()))[1]
+
+
+@contextlib.contextmanager
+def without_data() -> Iterator[None]:
+    """On the meta device linear layers, layer norms and attention do what they do on CUDA: under autocast linear layers
+    and attention compute in bfloat16 and layer norms in float32; attention is one kernel, with dropout too."""
+    linear, layer_norm = F.linear, F.layer_norm
+
+    def autocasts() -> bool:
+        return torch.is_autocast_enabled("cpu")
+
+    def new_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if not autocasts():
+            return linear(x, weight, bias)
+        return linear(_cast(x), _cast(weight), None if bias is None else _cast(bias))
+
+    def new_layer_norm(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return layer_norm(x.float() if autocasts() else x, *args, **kwargs)
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: None = None, dropout_p: float = 0.0, **_: Any) -> Tensor:
+        if autocasts():
+            q, k, v = (x.bfloat16() for x in (q, k, v))
+        if q.dtype == torch.bfloat16:
+            return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, dropout_p)[0]
+        return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, True, dropout_p)[0]
+
+    with (
+        patch.object(torch, "autocast", _Autocast), patch.object(F, "linear", new_linear),
+        patch.object(F, "layer_norm", new_layer_norm), patch.object(F, "scaled_dot_product_attention", attention),
+    ):  # fmt: skip
+        yield
+
+
+class Work(TorchDispatchMode):
+    """Operations, and bytes of the storages made since it was switched on: alive now, and their largest sum so far."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations = self.alive = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func._overloadpacket in flop_registry:
+            self.operations += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=out)
+        for leaf in (out,) if isinstance(out, Tensor) else tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                self._add(leaf.untyped_storage())
+        return out
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self._known:
+            self._known.add(key)
+            self.alive += size
+            self.peak = max(self.peak, self.alive)
+            weakref.finalize(storage, self._free, key, size)
+
+    def _free(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.alive -= size
+
+
+@dataclass
+class Cost:
+    """Of some work: operations, and bytes at its peak beyond what was there before."""
+
+    operations: float
+    peak: int
+
+
+def cost_of(function: Callable[[], Any]) -> Cost:
+    with Work() as work:
+        function()
+    return Cost(work.operations, work.peak)

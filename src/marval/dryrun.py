@@ -1,0 +1,540 @@
+"""What a run would need, found without memory or data: parameters, memory per process, operations, time.
+
+The loops' own losses (`marval.train.teacher_loss`, `marval.matching.ScoreMatching`, `marval.sampling.unmask`) run
+forward and backward through `marval.run.Update` on the meta device, at the sizes of the run (`marval.costs`).
+"""
+
+import dataclasses
+import functools
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
+
+from marval import masking
+from marval.config import (
+    DistillConfig,
+    EvaluateConfig,
+    MARConfig,
+    RLConfig,
+    RunConfig,
+    SamplingConfig,
+    StudentConfig,
+    TrainConfig,
+)
+from marval.costs import Cost, cost_of, without_data
+from marval.diffusion import cosine_schedule, respace
+from marval.distributed import World
+from marval.ema import EMA
+from marval.features import BATCH
+from marval.importing import KL16
+from marval.matching import ScoreMatching, copy_network, own_part, with_head
+from marval.models.autoencoders import KL
+from marval.models.mar import MAR
+from marval.run import Update, autocast, prepare
+from marval.sampling import diffusion_chain, last, one_evaluation, unmask
+from marval.train import teacher_loss
+
+Verb = Literal["train", "distill", "rl", "evaluate"]
+GIB = 2**30
+IMAGENET = 1_281_167
+"""Training images of ImageNet."""
+H200_PEAK, H200_SHARE = 790e12, 0.35
+"""Matrix products of an H200 in bf16, operations per second; and the share of it that a run reaches: an assumption,
+not measured yet."""
+ALONE = World(0, 1, torch.device("cpu"))
+
+
+def _frozen(model: MARConfig, guidance_input: bool = False) -> MAR:
+    with torch.device("meta"):
+        return MAR(model, guidance_input).requires_grad_(False).eval()
+
+
+def _zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.zeros(shape, dtype=dtype, device="meta")
+
+
+def _over(values: Sequence[int], work: Callable[[int], Any]) -> Cost:
+    """Mean operations and largest memory of ``work(value)`` over all values: tried with the least, the middle and the
+    largest, and a parabola for those between (operations are quadratic in the number of tokens)."""
+    tried = sorted({min(values), sorted(values)[len(values) // 2], max(values)})
+    costs = [cost_of(functools.partial(work, value)) for value in tried]
+    parabola = np.polynomial.Polynomial.fit(tried, [cost.operations for cost in costs], len(tried) - 1)
+    return Cost(float(parabola(np.array(values)).mean()), max(cost.peak for cost in costs))
+
+
+def _over_masks(count: Callable[[float], int], work: Callable[[int], Any]) -> Cost:
+    """`_over` the numbers of masked tokens that occur: ``count(u)`` for u uniform in [0, 1)."""
+    return _over([count(i / 256) for i in range(256)], work)
+
+
+def _bytes(tensors: Any) -> int:
+    """Of all different storages in a nested structure."""
+    storages = {leaf.untyped_storage()._cdata: leaf for leaf in tree_leaves(tensors) if isinstance(leaf, Tensor)}
+    return sum(leaf.untyped_storage().nbytes() for leaf in storages.values())
+
+
+def _parameters(*modules: nn.Module) -> list[Tensor]:
+    return list({id(p): p for module in modules for p in module.parameters()}.values())
+
+
+def _count(*modules: nn.Module) -> int:
+    return sum(p.numel() for p in _parameters(*modules))
+
+
+@dataclasses.dataclass
+class _Share:
+    """What one process works through in one update."""
+
+    rows: int
+    """Images of this process."""
+    part: int
+    """Images of its largest part."""
+    parts: int
+    """Parts that are tried: one, or two, which shows what stays between them."""
+    total: int
+    """Images of all processes, whose random numbers every process draws."""
+
+
+def _new_update(name: str, module: nn.Module, config: RunConfig) -> Update:
+    return Update(name, module, torch.optim.Adam(module.parameters()), config, ALONE)
+
+
+def _update(update: Update, share: _Share, function: Callable[..., Any], *args: Any) -> None:
+    """Gradients of all parts, without the optimizer's step, which needs no more memory than it has."""
+    update.loss = _zeros()
+    for i in range(share.parts):
+        update.backward(function, *args, weight=1 / share.parts, last=i == share.parts - 1)
+    update.optimizer.zero_grad()
+
+
+def _train(config: TrainConfig, model: MARConfig, share: _Share) -> dict[str, Any]:
+    network, schedule = _frozen(model).requires_grad_(True), cosine_schedule()
+    dim, copies = model.token_dim, config.head_batch_mul
+    prepare(network, config)
+    network.train()
+    update, ema = _new_update("teacher", network, config), EMA(network, config.ema)
+    count = share.part
+
+    def work(num_masked: int) -> None:
+        t = _zeros(share.total, num_masked, copies, dtype=torch.long)
+        eps = _zeros(share.total, num_masked, copies, dim)
+        tokens, visible, masked, labels = _inputs(model, count, num_masked)
+        _update(update, share, teacher_loss, network, schedule, tokens, visible, masked, labels, t[:count], eps[:count])
+
+    ratios = {
+        "training": lambda u: masking.training_masked_count(model.num_tokens, u),
+        "inference": lambda u: masking.inference_masked_count(model.num_tokens, config.sampling.ar_steps, u),
+    }
+    cost = _over_masks(ratios[config.mask_ratios], work)
+    return _state({"network": network}, [update], ema, cost, share.parts * count, {})
+
+
+def _distill(config: DistillConfig, model: MARConfig, share: _Share) -> dict[str, Any]:
+    teacher = _frozen(model)
+    matching, updates, ema = _matching(teacher, config, config.student)
+    ratios = {
+        "training": lambda u: masking.training_masked_count(model.num_tokens, u),
+        "inference": lambda u: masking.inference_masked_count(model.num_tokens, config.ar_steps, u),
+    }
+    work = _matching_work(matching, updates, config, model, share)
+    cost = _over_masks(ratios[config.mask_ratios], work)
+    networks = {"teacher": teacher, "student": matching.student, "auxiliary": matching.auxiliary}
+    images = share.parts * share.part
+    if config.rollout > 0:
+        draw = one_evaluation(matching.student.head, matching.schedule, config.student.t_init)
+        rolled = _ar_loop(matching.student, config, config.ar_steps, draw, share.part)
+        cost.operations += config.rollout * rolled.operations / 2 * share.parts  # on average up to half the steps
+    return _state(networks, updates, ema, cost, images, {})
+
+
+def _rl(config: RLConfig, model: MARConfig, share: _Share, student: StudentConfig) -> dict[str, Any]:
+    base = _frozen(model, student.guidance_range is not None)
+    length, schedule, count = model.num_tokens, cosine_schedule(), share.part
+    matching, updates, ema = _matching(base, config, student)
+    network, update = matching.student, updates[0]
+    decoder, decode = _decoder(model)
+    scorer, reward, notes = _reward(config.reward)
+    draw = one_evaluation(network.head, schedule, student.t_init)
+
+    counts = masking.masked_counts(length, config.ar_steps)
+
+    def gradient_steps(k: int, n: int = 1) -> None:
+        """AR steps k to k + n - 1 with gradients, as in `marval.rl.RewardGradient.loss`, where decoding follows."""
+
+        def loss() -> tuple[Tensor, None]:
+            _, _, _, labels = _inputs(model, count, 1)
+            orders, z = _zeros(count, length, dtype=torch.long), _zeros(count, length, model.token_dim)
+            start = z.clone().requires_grad_()  # tokens of earlier steps
+            steps = unmask(
+                network, draw, labels, orders, counts[k : k + n + 1], z, guidance=z[:, :1, 0], tokens=start,
+                checkpoint_ar_steps=config.checkpoint_ar_steps,
+            )  # fmt: skip
+            return last(steps).sum(), None
+
+        _update(update, dataclasses.replace(share, parts=1), loss)
+
+    def score() -> None:
+        tokens = _zeros(count, length, model.token_dim).requires_grad_()
+        with torch.set_grad_enabled(config.algorithm == "gradient"):
+            rewards = reward(decode(tokens))
+        if rewards.requires_grad:
+            rewards.sum().backward()
+
+    scored = cost_of(score)
+    steps = config.ar_steps if config.algorithm == "group" else config.grad_ar_steps or config.ar_steps
+    with_gradient = _over(range(config.ar_steps), gradient_steps)
+    plain = _ar_loop(network, config, config.ar_steps, draw, count)
+    without = config.ar_steps if config.algorithm == "group" else config.ar_steps - steps
+    operations = scored.operations + (steps * with_gradient.operations + without * plain.operations / config.ar_steps)
+    gradients = _bytes(update.parameters)
+    peak = max(scored.peak + gradients, with_gradient.peak)
+    if config.algorithm == "gradient":
+        peak += steps * count * length * model.token_dim * 4  # tokens kept between the steps
+        if not config.checkpoint_ar_steps and steps > 1:  # and all that a step saves: what a second step adds to one
+            two = _over(range(config.ar_steps - 1), lambda k: gradient_steps(k, 2))
+            peak += (steps - 1) * (two.peak - with_gradient.peak)
+    networks = {"base": base, "student": network}
+    if config.anchor > 0:
+        work = _matching_work(matching, updates, config, model, share)
+        anchor = _over_masks(lambda u: masking.inference_masked_count(length, config.ar_steps, u), work)
+        operations += anchor.operations / share.parts
+        peak = max(peak, anchor.peak)
+        networks |= {"teacher": matching.teacher, "auxiliary": matching.auxiliary}
+    helpers = {"autoencoder": decoder, "reward": scorer}
+    cost = Cost(operations, peak)
+    state = _state(networks, updates if config.anchor > 0 else updates[:1], ema, cost, count, helpers)
+    looked = _decoding(decode, model, min(256, math.ceil(config.eval_images * share.rows / share.total)))
+    return {**state, "between": max(state["between"], looked.peak), "notes": notes}
+
+
+def _evaluate(config: EvaluateConfig, model: MARConfig, share: _Share, student: StudentConfig | None) -> dict[str, Any]:
+    network = _frozen(model, bool(student and student.guidance_range))
+    noise: Any = SimpleNamespace(device="meta")  # the ddim solver draws none
+    costs = []
+    for given in config.settings():
+        default = SamplingConfig(
+            ar_steps=min(64, model.num_tokens), guidance=1.0 if student else 3.0, head_steps=100
+        )  # as MAR
+        sampling = dataclasses.replace(default, **{name: value for name, value in given.items() if value is not None})
+        if student is None:
+            draw = diffusion_chain(network.head, respace(cosine_schedule(), sampling.head_steps), noise, "ddim")
+        else:
+            draw = one_evaluation(network.head, cosine_schedule(), student.t_init)
+        needs_null = student is None and sampling.guidance != 1
+        costs.append(_ar_loop(network, config, sampling.ar_steps, draw, share.part, needs_null))
+    decoder, decode = _decoder(model)
+    decoded = _decoding(decode, model, min(BATCH, share.part))
+    operations = decoded.operations / min(BATCH, share.part) * share.part
+    operations += statistics.mean(cost.operations for cost in costs)
+    cost = Cost(operations, max(decoded.peak, *(cost.peak for cost in costs)))
+    state = _state({"network": network}, [], None, cost, share.part, {"autoencoder": decoder})
+    return {**state, "notes": ["features and rewards are not counted"]}
+
+
+def _inputs(model: MARConfig, count: int, num_masked: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """tokens (B, L, D), visible (B, L - N), masked (B, N) and labels (B,)."""
+    positions = _zeros(count, model.num_tokens, dtype=torch.long)
+    visible, masked = positions.tensor_split([model.num_tokens - num_masked], dim=1)
+    return (
+        _zeros(count, model.num_tokens, model.token_dim), visible, masked, _zeros(count, dtype=torch.long)
+    )  # fmt: skip
+
+
+def _matching(
+    base: MAR, config: DistillConfig | RLConfig, student_config: StudentConfig
+) -> tuple[ScoreMatching, list[Update], EMA[Any]]:
+    """Student and auxiliary of a frozen teacher, as `marval.distill` makes them; their updates; the average."""
+    guidance_input = student_config.guidance_range is not None
+    with torch.device("meta"):
+        student, auxiliary = (copy_network(base, config.trained, guidance_input) for _ in range(2))
+    for network in (student, auxiliary):
+        prepare(network, config)
+    teacher = base
+    if isinstance(config, RLConfig):  # the base is the student's start; the teacher has a head, or all, of its own
+        teacher = _frozen(base.config)
+        teacher = with_head(base, teacher.head) if config.trained == "head" else teacher
+    matching = ScoreMatching(teacher, student, auxiliary, student_config, config.gsim, cosine_schedule())
+    updates = []
+    for name, network in (("student", student), ("auxiliary", auxiliary)):
+        updates.append(_new_update(name, own_part(network, base), config))
+    return matching, updates, EMA(updates[0].module, config.ema)
+
+
+def _matching_work(
+    matching: ScoreMatching, updates: list[Update], config: DistillConfig | RLConfig, model: MARConfig, share: _Share
+) -> Callable[[int], None]:
+    """Contexts, then an update of the auxiliary and of the student, with so many masked tokens."""
+    count, kept = share.part, math.ceil(share.rows / share.part)
+
+    def work(num_masked: int) -> None:
+        tokens, visible, masked, labels = _inputs(model, count, num_masked)
+        w = _zeros(count, 1)
+        with torch.no_grad(), autocast(config, ALONE.device):
+            contexts = [matching.context(tokens, visible, masked, labels, w) for _ in range(share.parts)]
+        others = _zeros(kept - share.parts, *contexts[0].teacher.shape, 2)  # contexts of the parts not tried
+        z, eps = _zeros(2, share.total, num_masked, model.token_dim)
+        t = _zeros(share.total, num_masked, dtype=torch.long)
+        noise = (z[:count], t[:count], eps[:count])
+        for _ in range(config.gsim.auxiliary_updates):
+            _update(updates[1], share, matching.auxiliary_loss, contexts[0], *noise)
+        _update(updates[0], share, matching.student_loss, contexts[0], *noise)
+        del others
+
+    return work
+
+
+def _ar_loop(network: MAR, config: Any, ar_steps: int, draw: Any, count: int, needs_null: bool = False) -> Cost:
+    """K AR steps without gradients."""
+    model = network.config
+    counts = masking.masked_counts(model.num_tokens, ar_steps)
+
+    def step(k: int) -> None:
+        tokens, _, _, labels = _inputs(model, count, 1)
+        orders = _zeros(count, model.num_tokens, dtype=torch.long)
+        w = 2.0 if needs_null else _zeros(count, 1)
+        with torch.no_grad(), autocast(config, ALONE.device):
+            last(unmask(network, draw, labels, orders, counts[k : k + 2], tokens, guidance=w, needs_null=needs_null))
+
+    cost = _over(range(ar_steps), step)
+    return Cost(ar_steps * cost.operations, cost.peak)
+
+
+def _decoding(decode: Callable[[Tensor], Tensor], model: MARConfig, count: int) -> Cost:
+    """Of so many images at once, without gradients."""
+
+    def work() -> None:
+        with torch.no_grad():
+            decode(_zeros(count, model.num_tokens, model.token_dim))
+
+    return cost_of(work)
+
+
+def _decoder(model: MARConfig) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
+    """Images (B, C, H, W) of tokens: MAR's KL-16 for tokens of 16 channels, else pixels; the module and a function."""
+    if model.token_dim != 16:
+        channels = 3 if model.token_dim % 3 == 0 else 1
+        side = model.grid * math.isqrt(model.token_dim // channels)
+        return nn.Identity(), lambda tokens: tokens.reshape(len(tokens), channels, side, side).clamp(0, 1)
+    kl = KL(KL16, "KL-16").to("meta").requires_grad_(False).eval()
+
+    def decode(tokens: Tensor) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            return kl.decode(tokens.transpose(1, 2).reshape(len(tokens), 16, model.grid, model.grid))
+
+    return kl, decode
+
+
+def _reward(spec: str) -> tuple[nn.Module, Callable[[Tensor], Tensor], list[str]]:
+    """The network of a reward, a function that scores images with it, and what it leaves out."""
+    kind, _, source = spec.partition(":")
+    if kind not in ("clip", "pickscore"):
+        return nn.Identity(), lambda images: images.mean((1, 2, 3)), ["the reward's network is not counted"]
+    try:
+        import transformers
+    except ImportError:
+        raise ValueError("CLIP needs transformers: pip install 'marval[rewards]'") from None
+    if (Path(source) / "config.json").is_file():
+        config, notes = transformers.CLIPConfig.from_pretrained(source), []
+    else:
+        tower = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 16}
+        text = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+        config = transformers.CLIPConfig(
+            vision_config={**tower, "patch_size": 14}, text_config=text, projection_dim=1024
+        )
+        notes = [f"{source} is not at hand: a CLIP of the size of PickScore's (ViT-H/14) is counted"]
+    with torch.device("meta"):
+        clip = transformers.CLIPModel(config).requires_grad_(False).eval()
+    size: int = getattr(config.vision_config, "image_size", 224)
+
+    def score(images: Tensor) -> Tensor:
+        x = F.interpolate(images.expand(-1, 3, -1, -1), (size, size), mode="bicubic", antialias=True)
+        with torch.autocast("cpu", enabled=False):
+            return clip.visual_projection(clip.vision_model(pixel_values=x).pooler_output).mean(1)
+
+    return clip, score, notes
+
+
+def _state(
+    networks: dict[str, MAR], updates: list[Update], ema: EMA[Any] | None, cost: Cost, images: int,
+    helpers: dict[str, nn.Module],
+) -> dict[str, Any]:  # fmt: skip
+    """Bytes of everything that lives through a run, and the cost of an update; helpers are never sharded."""
+    trained = [p for update in updates for p in update.parameters]
+    blocks = [m for n in networks.values() for m in [*n.encoder_blocks, *n.decoder_blocks, n.head]]
+    # gradients of one network at a time; what the peak holds beside them is activations and temporaries
+    gradients = max((_bytes(update.parameters) for update in updates), default=0)
+    memory = {
+        "weights": _bytes(_parameters(*networks.values())),
+        "gradients": gradients,
+        "optimizer": 2 * _bytes(trained),
+        "average": _bytes(ema.average) if ema else 0,
+        "activations": max(0, cost.peak - gradients),
+        "frozen": _bytes([p for module in helpers.values() for p in module.parameters()]),
+    }
+    return {
+        "parameters": {
+            "total": _count(*networks.values()), "trained": sum(p.numel() for p in trained),
+            "frozen": {name: _count(module) for name, module in helpers.items() if _count(module)},
+        },
+        "memory": memory,
+        "all_gradients": _bytes(trained),
+        "between": _bytes(ema.average) if ema else 0,  # a whole copy of the average, when it is saved
+        "unit": max((sum(4 * p.numel() for p in block.parameters()) for block in blocks), default=0),
+        "operations": cost.operations / images,
+        "notes": [],
+    }  # fmt: skip
+
+
+def plan(
+    verb: Verb, config: Any, model: MARConfig, processes: int = 1, *, student: StudentConfig | None = None,
+    images_per_epoch: int | None = None, this_machine: bool = True,
+) -> dict[str, Any]:  # fmt: skip
+    """What a run with these settings needs; takes seconds and no memory worth mentioning.
+
+    Args:
+        config: TrainConfig, DistillConfig, RLConfig or EvaluateConfig, as the verb wants it.
+        model: sizes of the MAR, with the data's grid, token_dim and num_classes.
+        processes: of torchrun; with ``config.shard`` weights, gradients, optimizer and average are divided by it.
+        student: of the model that `rl` starts from or `evaluate` measures; None there is a teacher (`rl`: the default).
+        images_per_epoch: training images; 1,281,167 by default if the classes are ImageNet's.
+        this_machine: also measure this machine's rate of matrix products, for about a second.
+
+    Returns:
+        Plain JSON: ``parameters`` (counts), ``memory`` (bytes of one process; their ``total`` holds ``gradients`` and
+        ``activations``, or what is needed ``between`` updates in their place, if that is more), ``batch``,
+        ``steps``, ``images``, ``epochs``, ``operations`` (per image, and of the run), ``time`` (seconds per machine),
+        ``notes``.
+
+    Raises:
+        ValueError: the batch is too small for the processes and parts.
+    """
+    if processes < 1:
+        raise ValueError(f"the number of processes must be at least 1, got {processes}")
+    on_cuda = getattr(config, "device", "auto") != "cpu"
+    bf16 = config.precision == "bf16" or (config.precision == "auto" and on_cuda)
+    settings = dataclasses.replace(config, precision="bf16" if bf16 else "float32")
+    total, accumulate = _batch(verb, config, processes)
+    rows = math.ceil(total / processes)
+    if total < processes * accumulate:
+        raise ValueError(f"batch {total} is too small for {processes} processes with {accumulate} parts each: raise it")
+    share = _Share(rows, math.ceil(rows / accumulate), min(accumulate, 2), total)
+    with without_data():
+        if verb == "train":
+            found = _train(settings, model, share)
+        elif verb == "distill":
+            found = _distill(settings, dataclasses.replace(model, dropout=0.0), share)
+        elif verb == "rl":
+            found = _rl(settings, dataclasses.replace(model, dropout=0.0), share, student or StudentConfig())
+        else:
+            found = _evaluate(settings, model, share, student)
+    memory, sharded = found["memory"], bool(getattr(config, "shard", False)) and processes > 1
+    if sharded:
+        for name in ("weights", "gradients", "optimizer", "average"):
+            memory[name] = math.ceil(memory[name] / processes)
+        memory["gradients"] = math.ceil(found["all_gradients"] / processes)  # FSDP2 makes those of all networks at once
+        memory["gathered"] = 3 * found["unit"]  # a block, the next one on its way, and a block's gradient
+    working = memory["gradients"] + memory["activations"]
+    memory["total"] = sum(memory.values()) - working + max(working, found["between"])
+    if found["between"] > working:
+        memory["between"] = found["between"]
+    if verb == "evaluate":
+        images = config.num_images * len(config.settings())
+        steps = math.ceil(config.num_images / total) * len(config.settings())
+    else:
+        images, steps = config.steps * total, config.steps
+    if images_per_epoch is None and getattr(config, "classes", "") == "imagenet":
+        images_per_epoch = IMAGENET
+    operations = found["operations"] * images
+    rates = {"H200": H200_SHARE * H200_PEAK * processes}
+    if this_machine:
+        rates = {"this machine": matmul_rate(), **rates}
+    return {
+        "verb": verb, "processes": processes, "sharded": sharded, "precision": settings.precision,
+        "parameters": found["parameters"], "memory": memory,
+        "batch": {"total": total, "process": rows, "part": share.part, "parts": accumulate},
+        "steps": steps, "images": images,
+        "epochs": images / images_per_epoch if images_per_epoch and verb != "evaluate" else None,
+        "operations": {"image": found["operations"], "run": operations},
+        "time": {name: {"rate": rate, "seconds": operations / rate} for name, rate in rates.items()},
+        "notes": found["notes"],
+    }  # fmt: skip
+
+
+def _batch(verb: Verb, config: Any, processes: int) -> tuple[int, int]:
+    """Images of all processes at a time, and parts of a process's share."""
+    if verb == "evaluate":
+        return min(config.num_images, min(250, config.batch) * processes), 1
+    return config.batch, config.accumulate
+
+
+def matmul_rate(seconds: float = 1.0) -> float:
+    """Operations per second of matrix products here: bf16 on a CUDA GPU, float32 on the CPU; measured."""
+    cuda = torch.cuda.is_available()
+    size = 8192 if cuda else 1024
+    device, dtype = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)
+    x = torch.ones(size, size, device=device, dtype=dtype)
+    torch.mm(x, x)
+    done, start = 0, time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        for _ in range(4):
+            torch.mm(x, x)
+        done += 4
+        if cuda:
+            torch.cuda.synchronize()
+    return done * 2 * size**3 / (time.perf_counter() - start)
+
+
+def _duration(seconds: float) -> str:
+    for unit, name in ((365.25 * 86400, "years"), (86400, "days"), (3600, "hours"), (60, "minutes")):
+        if seconds >= 2 * unit:
+            return f"{seconds / unit:,.1f} {name}"
+    return f"{seconds:.1f} seconds"
+
+
+def table(plan: dict[str, Any]) -> str:
+    """The plan as text."""
+    memory, batch, operations, parameters = (plan[x] for x in ("memory", "batch", "operations", "parameters"))
+    held = "split over the processes (FSDP2)" if plan["sharded"] else "whole in each process"
+    meaning = {
+        "weights": held,
+        "gradients": "of one network at a time",
+        "optimizer": "two moments per trained weight",
+        "average": "of the trained weights, for evaluation",
+        "activations": f"largest sum during an update of {batch['part']} images, temporaries included",
+        "frozen": ", ".join(f"{name} {count / 1e6:,.0f} M" for name, count in parameters["frozen"].items()),
+        "gathered": "two whole blocks and a block's gradient (estimate)",
+        "between": "instead of gradients and activations, while images are decoded or an average is saved",
+        "total": "without PyTorch's own needs and fragmentation: leave 10 % free",
+    }
+    processes = f"{plan['processes']} process{'es' if plan['processes'] > 1 else ''}"
+    parts = f", in {batch['parts']} parts of {batch['part']}" if batch["parts"] > 1 else ""
+    epochs = f" ({plan['epochs']:,.1f} epochs)" if plan["epochs"] else ""
+    lines = [
+        f"{plan['verb']}, {processes}, {plan['precision']}: planned on the meta device, nothing was read or allocated",
+        f"  parameters   {parameters['total'] / 1e6:,.1f} M, {parameters['trained'] / 1e6:,.1f} M of them trained",
+        f"  batch        {batch['total']:,} images, {batch['process']:,} per process{parts}",
+        "  memory per process",
+    ]
+    lines += [f"    {name:<12}{size / GIB:8.2f} GiB  {meaning[name]}" for name, size in memory.items() if size]
+    lines += [
+        f"  steps        {plan['steps']:,}",
+        f"  images       {plan['images']:,}{epochs}",
+        f"  operations   {operations['image'] / 1e12:,.3f} T per image, {operations['run'] / 1e18:,.4g} E in all",
+    ]
+    for name, entry in plan["time"].items():
+        if name == "H200":
+            how = f"{processes} on H200, each at {H200_SHARE:.0%} of {H200_PEAK / 1e12:.0f} TFLOP/s (assumed)"
+        else:
+            how = f"this machine alone at its measured {entry['rate'] / 1e12:.3g} TFLOP/s of matrix products"
+        lines.append(f"  time         {_duration(entry['seconds'])} with {how}")
+    return "\n".join([*lines, *(f"  note         {note}" for note in plan["notes"])])

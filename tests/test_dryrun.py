@@ -1,0 +1,202 @@
+"""The plan of a run against real runs, closed forms, and what sharding must change."""
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+
+from marval.config import (
+    PRESETS,
+    DistillConfig,
+    EvaluateConfig,
+    MARConfig,
+    RLConfig,
+    SamplingConfig,
+    StudentConfig,
+    TrainConfig,
+)
+from marval.costs import Work
+from marval.distill import distill
+from marval.dryrun import matmul_rate, plan, table
+from marval.rl import rl
+from marval.train import train
+
+SIZES = {"grid": 4, "token_dim": 4, "num_classes": 10}  # of the digits
+MODEL = MARConfig(**SIZES, width=64, depth=2, heads=4, buffer_size=8, head_width=64, head_depth=2)  # type: ignore[arg-type]
+ONE_MASK: dict[str, Any] = {"mask_ratios": "inference"}  # with one AR step all tokens are masked in every update
+
+
+def peak_of(function: Callable[[], Any]) -> int:
+    """Bytes alive at once in a real run, networks and data included."""
+    with Work() as work:
+        function()
+    return work.peak
+
+
+def train_config(**changes: Any) -> TrainConfig:
+    settings = {"steps": 1, "batch": 96, "model": MODEL, "sample_every": 0, "device": "cpu", **ONE_MASK}
+    return TrainConfig(**{**settings, "sampling": SamplingConfig(ar_steps=1), **changes})
+
+
+@pytest.mark.parametrize("changes", [{}, {"activation_checkpointing": True}, {"accumulate": 3, "head_batch_mul": 8}])
+def test_memory_is_that_of_real_training(changes: dict[str, Any], tmp_path: Path):
+    planned = plan("train", train_config(**changes), MODEL, this_machine=False)["memory"]
+    measured = peak_of(lambda: train(train_config(**changes), tmp_path / "run"))
+    assert planned["total"] == pytest.approx(measured, rel=0.05)
+    assert planned["activations"] > 0.6 * planned["total"]  # so the comparison is about them
+
+
+def test_activations_are_what_autograd_saves():
+    """The sum of different storages that a real forward pass saves, counted by hooks."""
+    from marval.diffusion import cosine_schedule
+    from marval.models.mar import MAR
+    from marval.train import teacher_loss
+
+    network, count, length = MAR(MODEL), 32, 16
+    saved: dict[int, torch.Tensor] = {}
+    own = {p.untyped_storage().data_ptr() for p in network.parameters()}
+
+    def keep(x: torch.Tensor) -> torch.Tensor:
+        if x.untyped_storage().data_ptr() not in own:
+            saved[x.untyped_storage().data_ptr()] = x
+        return x
+
+    masked = torch.arange(length).expand(count, length)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        teacher_loss(
+            network, cosine_schedule(), torch.zeros(count, length, 4), masked[:, :0], masked, torch.zeros(count).long(),
+            torch.zeros(count, length, 4).long(), torch.zeros(count, length, 4, 4),
+        )  # fmt: skip
+    bytes_saved = sum(x.untyped_storage().nbytes() for x in saved.values())
+    planned = plan("train", train_config(batch=count), MODEL, this_machine=False)["memory"]["activations"]
+    assert bytes_saved < planned < 1.25 * bytes_saved  # and the temporaries
+
+
+@pytest.mark.parametrize("trained", ["head", "all"])
+def test_memory_is_that_of_a_real_distillation(trained: Any, tmp_path: Path):
+    config = DistillConfig(steps=1, batch=1024, ar_steps=1, trained=trained, sample_every=0, device="cpu")
+    model = dataclasses.replace(tiny.MODEL, **SIZES)
+    planned = plan("distill", config, model, this_machine=False)["memory"]["total"]
+    teacher = tiny.teacher()
+    measured = peak_of(lambda: distill(config, teacher, tmp_path / "run"))
+    assert planned == pytest.approx(measured, rel=0.06)
+
+
+@pytest.mark.parametrize("checkpoint", [True, False])
+def test_memory_is_that_of_real_rl(checkpoint: bool, tmp_path: Path):
+    reward = tmp_path / "reward.py"
+    reward.write_text(
+        "def bright(images, prompts):\n    return images.mean((1, 2, 3))\n\nbright.differentiable = True\n"
+    )
+    config = RLConfig(
+        steps=1, batch=512, ar_steps=4, reward=f"{reward}:bright", checkpoint_ar_steps=checkpoint, eval_images=10,
+        sample_every=0, anchor=0.0, trained="all", device="cpu",
+    )  # fmt: skip
+    model = dataclasses.replace(tiny.MODEL, **SIZES)
+    planned = plan("rl", config, model, student=StudentConfig(), this_machine=False)
+    student = tiny.student()
+    measured = peak_of(lambda: rl(config, student, tmp_path / "run"))
+    assert planned["memory"]["total"] == pytest.approx(measured, rel=0.15)
+    anchored = plan("rl", dataclasses.replace(config, anchor=1.0), model, student=StudentConfig(), this_machine=False)
+    assert anchored["operations"]["image"] > planned["operations"]["image"]
+    assert anchored["memory"]["weights"] > planned["memory"]["weights"]
+
+
+def test_operations_equal_the_closed_form():
+    width, depth, buffer, length, head = 64, 2, 8, 16, 64
+    tokens = {"encoder": buffer, "decoder": buffer + length}  # all are masked
+    blocks = sum(2 * n * 12 * width**2 * depth for n in tokens.values())
+    attention = sum(4 * n**2 * width * depth for n in tokens.values())
+    embed = 2 * (256 * head + head * head) * 4 + 2 * width * head  # of 4 timesteps, and of the condition
+    denoise = 2 * 4 * (4 * head + 2 * (5 * head**2) + 2 * head**2 + 8 * head)
+    first = 2 * (256 * head * 4 + 4 * 4 * head) * length  # no gradient of the sinusoids and of the noisy tokens
+    forward = blocks + 2 * buffer * width**2 + length * (embed + denoise)
+    found = plan("train", train_config(), MODEL, this_machine=False)["operations"]["image"]
+    expected = 3 * forward - first + 3.5 * attention  # attention computes its scores again in the backward pass
+    assert found == pytest.approx(expected, rel=0.01)
+    again = plan("train", train_config(activation_checkpointing=True), MODEL, this_machine=False)["operations"]["image"]
+    # a block is computed again, but for its last layer, whose output nothing needs
+    assert again == pytest.approx(expected + 2 / 3 * blocks + attention, rel=0.01)
+
+
+def test_published_sizes_and_bf16():
+    config = TrainConfig(batch=2, steps=10, classes="imagenet", model=PRESETS["mar-b"])
+    found = plan("train", config, PRESETS["mar-b"], this_machine=False)
+    assert found["parameters"]["total"] == 207_924_768
+    assert found["precision"] == "bf16"
+    assert found["epochs"] == pytest.approx(20 / 1_281_167)
+    memory = found["memory"]
+    assert memory["weights"] == memory["gradients"] == memory["average"] == memory["optimizer"] / 2 == 4 * 207_924_768
+
+    # bf16 halves what a block saves but for its norms; the casts of the weights do not grow with the batch
+    small = dataclasses.replace(PRESETS["mar-b"], depth=1, head_depth=1)
+
+    def activations(precision: Any, batch: int) -> int:
+        settings = dataclasses.replace(config, batch=batch, precision=precision)
+        return plan("train", settings, small, this_machine=False)["memory"]["activations"]
+
+    slopes = [activations(precision, 8) - activations(precision, 4) for precision in ("bf16", "float32")]
+    assert 0.5 < slopes[0] / slopes[1] < 0.8
+
+
+def test_processes_and_sharding():
+    config = DistillConfig(steps=100, batch=64, ar_steps=4, trained="head", precision="bf16", accumulate=2)
+    model = dataclasses.replace(MODEL, depth=1, head_depth=1)
+    one = plan("distill", config, model, this_machine=False)
+    four = plan("distill", config, model, 4, this_machine=False)
+    split = plan("distill", dataclasses.replace(config, shard=True), model, 4, this_machine=False)
+    assert (one["batch"]["part"], four["batch"]["part"]) == (32, 8)
+    assert four["operations"]["run"] == pytest.approx(one["operations"]["run"], rel=1e-3)
+    assert four["time"]["H200"]["seconds"] == pytest.approx(one["time"]["H200"]["seconds"] / 4, rel=1e-3)
+    for name in ("weights", "optimizer", "average"):
+        assert four["memory"][name] == one["memory"][name] == pytest.approx(4 * split["memory"][name], rel=1e-3)
+    assert split["memory"]["activations"] == four["memory"]["activations"] < one["memory"]["activations"]
+    assert split["memory"]["gathered"] > 0
+    json.dumps(split)
+    text = table(split)
+    assert "4 processes" in text
+    assert "split over the processes (FSDP2)" in text
+    assert "in 2 parts of 8" in text
+    assert all(len(line) <= 120 for line in text.splitlines())
+    with pytest.raises(ValueError, match="batch 64 is too small for 40 processes with 2 parts each"):
+        plan("distill", config, MODEL, 40)
+
+
+def test_evaluation_sums_its_settings():
+    config = EvaluateConfig(num_images=100, batch=10, ar_steps="2,4", guidance="2", head_steps="20", device="cpu")
+    model = dataclasses.replace(MODEL, depth=1, head_depth=1)
+    teacher = plan("evaluate", config, model, 2, this_machine=False)
+    assert (teacher["images"], teacher["steps"]) == (200, 10)
+    assert teacher["memory"]["gradients"] == teacher["memory"]["optimizer"] == 0
+    assert "trained" in table(teacher)
+    student = plan("evaluate", config, model, 2, student=StudentConfig(), this_machine=False)
+    few, many = (student["operations"]["image"], teacher["operations"]["image"])
+    # the student runs the backbone once per AR step and the head once per token, the teacher twice and 2 x 20 times
+    head = 2 * 16 * (4 * 64 + 5 * 64**2 + 2 * 64**2 + 8 * 64)
+    assert many - 2 * few == pytest.approx(38 * head, rel=0.05)
+
+
+def test_rate_of_this_machine():
+    start = time.perf_counter()
+    rate = matmul_rate(0.1)
+    assert time.perf_counter() - start < 5
+    x = torch.ones(512, 512)
+    begin = time.perf_counter()
+    torch.mm(x, x)
+    assert 1e9 < rate < 1e15
+    assert rate > 0.02 * 2 * 512**3 / (time.perf_counter() - begin)
+
+
+def test_nothing_of_the_plan_stays_behind():
+    before = (torch.autocast, torch.nn.functional.linear, torch.nn.functional.scaled_dot_product_attention)
+    with pytest.raises(ValueError, match="number of AR steps must be in"):
+        plan("distill", DistillConfig(batch=4, ar_steps=99), MODEL)
+    assert before == (
+        torch.autocast, torch.nn.functional.linear, torch.nn.functional.scaled_dot_product_attention
+    )  # fmt: skip

@@ -1,0 +1,103 @@
+"""Recipes: the published settings, whole and consistent with each other; what their docstrings say of time."""
+
+import dataclasses
+import re
+from typing import Any
+
+import pytest
+
+from marval import recipes
+from marval.config import PRESETS
+from marval.dryrun import plan
+from marval.importing import GUIDANCE
+
+SIZES = ("b", "l", "h")
+
+
+def test_every_verb_has_every_recipe():
+    names = {"digits", *(f"imagenet256-{size}" for size in SIZES)}
+    for made in (recipes.TRAIN, recipes.DISTILL, recipes.RL, recipes.EVALUATE):
+        assert set(made) == names
+        for make in made.values():
+            assert make() == make()
+            assert make.__doc__
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_teacher_has_the_published_settings(size: str):
+    config, preset = recipes.TRAIN[f"imagenet256-{size}"](), f"mar-{size}"
+    assert dataclasses.replace(config.model, dropout=0.0) == PRESETS[preset]
+    assert config.steps * config.batch / 1_281_167 == pytest.approx(800, rel=1e-5)
+    assert config.warmup / config.steps == pytest.approx(1 / 8, rel=1e-5)
+    found = {name: getattr(config, name) for name in (
+        "batch", "lr", "decay", "ema", "weight_decay", "clip_grad", "class_drop", "head_batch_mul", "mask_ratios",
+        "image_size", "patch_size", "flip",
+    )}  # fmt: skip
+    assert found == {
+        "batch": 2048, "lr": 8e-4, "decay": False, "ema": 0.9999, "weight_decay": 0.02, "clip_grad": 3.0,
+        "class_drop": 0.1, "head_batch_mul": 4, "mask_ratios": "training", "image_size": 256, "patch_size": 1,
+        "flip": True,
+    }  # fmt: skip
+    assert config.model.dropout == 0.1
+    assert config.sampling.guidance == GUIDANCE[preset]
+    assert config.sampling.guidance_schedule == "linear"
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_student_and_aligned_fit_each_other(size: str):
+    student, aligned = recipes.DISTILL[f"imagenet256-{size}"](), recipes.RL[f"imagenet256-{size}"]()
+    assert student.steps * student.batch / 1_281_167 == pytest.approx(30, rel=1e-3)
+    assert aligned.steps * aligned.batch / 1_281_167 == pytest.approx(5, rel=1e-3)
+    assert student.ar_steps == aligned.ar_steps == 64
+    assert student.student.guidance == 1.2
+    assert 1e-6 <= aligned.gsim.lr < student.gsim.lr <= 1e-5
+    assert aligned.prompt == "a high-quality and harmonious picture of {class}"
+    assert aligned.reward.startswith("pickscore:")
+    evaluation = recipes.EVALUATE[f"imagenet256-{size}"]()
+    assert (evaluation.num_images, evaluation.features) == (50_000, "inception")
+
+
+def test_data_of_the_recipes_is_the_users():
+    from marval.data import load_data
+
+    config = recipes.TRAIN["imagenet256-b"]()
+    assert config.data == recipes.DISTILL["imagenet256-b"]().data
+    with pytest.raises(ValueError, match=config.data):
+        load_data(config.data, "train", config.image_size, config.classes)
+
+
+def test_sizes_are_those_of_the_networks_that_runs_make():
+    from marval.data import load_data
+    from marval.tokenizers import load_tokenizer
+    from marval.train import build_teacher
+
+    config, data = recipes.TRAIN["digits"](), load_data("digits", "train")
+    tokenizer = load_tokenizer(config.tokenizer, data.images.shape[1], config.patch_size, data.images.shape[3])
+    made = build_teacher(config, tokenizer, data.class_names).network.config
+    assert made == recipes.sizes("digits", config) == recipes.sizes("digits", recipes.RL["digits"]())
+    assert recipes.sizes("digits", recipes.EVALUATE["digits"]()) == made
+    for size in SIZES:
+        name = f"imagenet256-{size}"
+        assert recipes.sizes(name, recipes.DISTILL[name]()) == PRESETS[f"mar-{size}"]
+        assert recipes.sizes(name, recipes.TRAIN[name]()).dropout == 0.1
+    own = dataclasses.replace(config, data="photos", image_size=32)
+    assert (recipes.sizes("digits", own).grid, recipes.sizes("digits", own).token_dim) == (16, 12)
+    with pytest.raises(ValueError, match="a dry run reads no data: give --image-size"):
+        recipes.sizes("digits", dataclasses.replace(config, data="photos"))
+
+
+def seconds(docstring: str | None) -> float:
+    """Of "Dry run: 1.4 hours." in a docstring."""
+    found = re.search(r"Dry run: ([\d.]+) (hours|days)\.", docstring or "")
+    assert found, docstring
+    return float(found[1]) * {"hours": 3600, "days": 86400}[found[2]]
+
+
+@pytest.mark.parametrize(("verb", "made"), [("train", recipes.TRAIN), ("distill", recipes.DISTILL)])
+def test_time_in_the_docstring_is_that_of_the_plan(verb: Any, made: dict[str, Any]):
+    make = made["imagenet256-b"]
+    planned = plan(verb, make(), recipes.sizes("imagenet256-b", make()), 8, this_machine=False)
+    assert seconds(make.__doc__) == pytest.approx(planned["time"]["H200"]["seconds"], rel=0.05)
+    assert planned["epochs"] == pytest.approx({"train": 800, "distill": 30}[verb], rel=1e-3)
+    for size in "lh":
+        assert seconds(made[f"imagenet256-{size}"].__doc__) > 1.9 * seconds(make.__doc__)
