@@ -73,7 +73,8 @@ def imagenet_teacher(preset: str, guidance: float) -> TrainConfig:
     batch = 2048
     return TrainConfig(
         data="imagenet-latents", classes="imagenet", image_size=256, tokenizer="kl16", patch_size=1, flip=True,
-        widen_head=True, model=MARConfig(**{**vars(PRESETS[preset]), "dropout": 0.1}), batch=batch, steps=updates(800, batch),
+        widen_head=True, model=MARConfig(**{**vars(PRESETS[preset]), "dropout": 0.1}),
+        batch=batch, steps=updates(800, batch),
         lr=1e-4 * batch / 256, warmup=updates(100, batch), decay=False, ema=0.9999, weight_decay=0.02, clip_grad=3.0,
         class_drop=0.1, mask_ratios="training", head_batch_mul=4, save_every=2_500, sample_every=12_500, log_every=100,
         sampling=SamplingConfig(ar_steps=64, head_steps=100, guidance=guidance, guidance_schedule="linear"),
