@@ -209,6 +209,30 @@ def test_an_error_of_one_process_reaches_the_others():
     assert "marval: process 0 of 2 stops: process 1 failed with AssertionError: bad luck" in err[0]
 
 
+def outputs(size: int, code: str) -> list[str]:
+    return [process.communicate(timeout=60)[1] for process in bare(size, code)]
+
+
+def test_the_watch_raises_no_false_alarm():
+    """A process that starts late, one that ends early, and ends without `disconnect`."""
+    late = "import os, time\nmarval.watch.LIMIT = 2\ntime.sleep(4 * int(os.environ['RANK']))\nworld = connect('cpu')\n"
+    assert outputs(2, f"{late}world.barrier()\ntime.sleep(4 - 4 * world.rank)\n") == ["", ""]
+
+
+def test_an_uncaught_error_of_the_first_process_reaches_the_others():
+    err = outputs(2, "world = connect('cpu')\nassert world.rank > 0, 'bad luck'\nworld.barrier()")
+    assert "AssertionError: bad luck" in err[0]
+    assert "process 1 of 2 stops: process 0 failed with AssertionError: bad luck" in err[1]
+
+
+def test_a_folder_that_is_not_shared_is_refused(tmp_path: Path):
+    """Each process with a disk of its own: a resume would mix weights of different steps."""
+    common = ["train", "digits", "--steps", "2", "--batch", "4", "--sample-every", "0", "--resume", "--out"]
+    main([*common, str(tmp_path / "0")])
+    code = f"import os\nmain({common!r} + [os.path.join({str(tmp_path)!r}, os.environ['RANK'])])"
+    assert any("is not one folder for all processes" in err for err in outputs(2, code))
+
+
 def test_parts_of_a_batch():
     device = torch.device("cpu")
     worlds = [World(rank, 3, device) for rank in range(3)]

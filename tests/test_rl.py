@@ -31,6 +31,12 @@ def darkness(images, prompts):
     return -brightness(images, prompts)
 
 darkness.differentiable = True
+
+def odd(images, prompts):
+    m = images.mean((1, 2, 3))
+    return m if images.requires_grad else -m
+
+odd.differentiable = True
 """
 CONFIG = RLConfig(
     steps=12, batch=16, ar_steps=4, ema=0.5, log_every=1, eval_every=4, eval_images=40, sample_every=0, patience=0,
@@ -109,17 +115,23 @@ def test_hinge_and_truncated_gradients(file: Path, tmp_path: Path):
 
 def test_early_stop_keeps_the_best(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """Dark images are the reward, bright ones are what the updates make: only the start is ever best."""
-    (file.parent / "odd.py").write_text(
-        "def odd(images, prompts):\n    m = images.mean((1, 2, 3))\n"
-        "    return m if images.requires_grad else -m\nodd.differentiable = True\n"
-    )
-    model = aligned(tmp_path / "run", reward=f"{file.parent / 'odd.py'}:odd", patience=2, steps=100)
+    model = aligned(tmp_path / "run", reward=f"{file}:odd", patience=2, steps=100)
     rows = tiny.metrics(tmp_path / "run")
     assert max(row["step"] for row in rows) == 8
     assert "stopped: no better held-out score since update 0" in capsys.readouterr().err
     assert model.provenance["best_update"] == 0
     before, after = (load_file(path / "model.safetensors") for path in (tiny.student(), tmp_path / "run"))
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_saving_changes_nothing(file: Path, tmp_path: Path):
+    """The best model is not the last one: what is saved in between must not touch the average."""
+    runs = [tmp_path / str(every) for every in (1, 100)]
+    for out, every in zip(runs, (1, 100), strict=True):
+        aligned(out, reward=f"{file}:odd", save_every=every, sample_every=every, steps=6, eval_every=1, ema=0.9)
+    first, second = (torch.load(out / "checkpoint.pt", weights_only=True) for out in runs)
+    for name, value in first["ema"]["average"].items():
+        assert torch.equal(value, second["ema"]["average"][name]), name
 
 
 def test_classifier_reward_and_judge(tmp_path: Path):

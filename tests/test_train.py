@@ -116,7 +116,10 @@ def test_average_of_a_parameter():
         ema.update(module)
         decay = min(0.5, (1 + n) / (10 + n))
         expected = decay * expected + (1 - decay) * n
-    assert ema.averaged().weight.item() == pytest.approx(expected, rel=1e-5)
+    averaged = ema.averaged()
+    assert averaged.weight.item() == pytest.approx(expected, rel=1e-5)
+    ema.update(module)
+    assert averaged.weight.item() == pytest.approx(expected, rel=1e-5), "a copy"
     assert module.weight.item() == 11
 
 

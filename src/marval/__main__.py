@@ -426,7 +426,8 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(f"no such verb{nearest(verb, VERBS)}; see marval --help")
         VERBS[verb](list(args[1:]))
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader of our output left, as `| head` does
+    except BrokenPipeError as error:  # the reader of our output left, as `| head` does
+        failure = error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, FloatingPointError, OSError) as error:
         failure = error
@@ -438,7 +439,7 @@ def main(argv: list[str] | None = None) -> None:
         failure = error
         print(f"\nmarval {verb}: stopped; a run goes on from its last checkpoint with --resume", file=sys.stderr)
         sys.exit(130)
-    except Exception as error:
+    except BaseException as error:
         failure = error
         raise
     finally:

@@ -122,7 +122,7 @@ def load_state(path: Path) -> dict[str, Any]:
         ValueError: the file is missing or damaged.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist: there is nothing to resume; run without --resume") from None
     except Exception as error:

@@ -194,6 +194,7 @@ def distill(config: DistillConfig, teacher_folder: Path, out: Path, resume: bool
                 current.save(out)
             if world.is_main and look:
                 save_sample_grid(run, current, done)
+            del current, scores  # whole copies
         if save:
             run.save(done)  # last: a killed run repeats what the checkpoint does not know
     return averaged().to(world.device)

@@ -5,6 +5,7 @@ gradients, averages and optimizer states are split over the processes (FSDP2's `
 saved is whole in both cases, so that a run goes on with any number of processes, sharded or not.
 """
 
+import atexit
 import copy
 import os
 import socket
@@ -156,17 +157,20 @@ def like(value: Tensor, target: Tensor) -> Tensor:
     return distribute_tensor(value.to(target.device), target.device_mesh, target.placements, src_data_rank=None)
 
 
+@torch.no_grad()
 def restore(target: Any, state: Any) -> None:
-    """``target.load_state_dict`` of a whole state, for a module or an optimizer that may be sharded."""
+    """``target.load_state_dict`` of a whole state; the target may be sharded, then its tensors are cut one by one."""
     if isinstance(target, nn.Module):
-        target.load_state_dict({name: like(state[name], p) for name, p in target.state_dict().items()})
+        for name, value in target.state_dict().items():
+            value.copy_(like(state[name], value))
         return
-    target.load_state_dict(state)
     if isinstance(target, torch.optim.Optimizer):
-        for parameter, values in target.state.items():
+        parameters = [parameter for group in target.param_groups for parameter in group["params"]]
+        for i, values in state["state"].items():
             for name, value in values.items():
-                if isinstance(value, Tensor) and value.shape == parameter.shape:
-                    values[name] = like(value, parameter)
+                if isinstance(value, Tensor) and value.shape == parameters[i].shape:
+                    values[name] = like(value, parameters[i])
+    target.load_state_dict(state)
 
 
 def template(network: Network) -> Network:
@@ -177,9 +181,8 @@ def template(network: Network) -> Network:
 
 def whole_copy(template: Network, tensors: Mapping[str, Tensor]) -> Network:
     """A network like the template, in eval mode, made of copies of tensors that may be sharded (then all must call)."""
-    values = {name: whole(tensor.detach()) for name, tensor in tensors.items()}
     network = copy.deepcopy(template)
-    network.load_state_dict({name: v.clone() if v is tensors[name] else v for name, v in values.items()}, assign=True)
+    network.load_state_dict({name: whole(tensor.detach().clone()) for name, tensor in tensors.items()}, assign=True)
     return network.eval()
 
 
@@ -203,34 +206,35 @@ def connect(device: str = "auto", shard: bool = False) -> World:
         torch.cuda.set_device(torch.device(device))
     elif device != "cpu":
         raise ValueError(f"unknown device {device!r}: choose auto, cpu or cuda")
+    if shard and size == 1:
+        raise ValueError("--shard splits a network over several processes: start them with torchrun, or leave it out")
+    if size > 1 and ":" in device and "LOCAL_RANK" in os.environ and device != f"cuda:{os.environ['LOCAL_RANK']}":
+        raise ValueError(f"device {device!r} is one GPU for {size} processes: say cuda, and each takes its own")
     if size > 1 and not dist.is_initialized():
         store, _, _ = next(rendezvous("env://"))
         own = store.clone()  # type: ignore[attr-defined]  # every TCP and file store has it
         _watch = Watch(PrefixStore("watch", own), rank, size, socket.gethostname())
         _watch.start()
-        backend = "cuda:nccl,cpu:gloo" if device.startswith("cuda") else "gloo"
+        atexit.register(_watch.leave, None)
+        cuda = device.startswith("cuda")
         dist.init_process_group(
-            backend, store=PrefixStore("group", store), rank=rank, world_size=size, timeout=timedelta(minutes=30)
-        )
-    if shard and size == 1:
-        raise ValueError("--shard splits a network over several processes: start them with torchrun, or leave it out")
+            "cuda:nccl,cpu:gloo" if cuda else "gloo", store=PrefixStore("group", store), rank=rank, world_size=size,
+            timeout=timedelta(minutes=30), device_id=torch.device(device) if cuda else None,
+        )  # fmt: skip
     return World(rank, size, torch.device(device), shard)
 
 
 def disconnect(error: BaseException | None = None) -> None:
-    """Leave the process group, if this process is in one; an error is passed on to the others, and ends them."""
+    """Leave the process group that `connect` joined; an error is passed on to the others, and ends them."""
     global _watch
-    if not (dist.is_available() and dist.is_initialized()):
+    if _watch is None:
         return
-    assert _watch is not None
+    watch, _watch = _watch, None
     if error is None:
-        _watch.sign("done")
-        dist.barrier()
-        _watch.ended.set()
+        watch.sign("done")
+        dist.barrier()  # the store stays until all have signed
+    elif type(error) is RuntimeError or isinstance(error, dist.DistError):
+        watch.wait()  # perhaps another process's death: then the watch names it, and ends this one
+    watch.leave(error)
+    if error is None:
         dist.destroy_process_group()
-    else:
-        if type(error) is RuntimeError or isinstance(error, dist.DistError):
-            _watch.wait()  # perhaps another process's death: then the watch names it
-        _watch.sign(f"failed {type(error).__name__}: {error}".splitlines()[0])
-        _watch.ended.set()
-    _watch = None

@@ -65,6 +65,9 @@ def shard_networks(world: World, base: MAR, *networks: MAR) -> list[MAR]:
     if not world.sharded:
         return list(networks)
     sharing = [network.class_emb is base.class_emb for network in networks]
+    base.activation_checkpointing |= any(
+        network.activation_checkpointing for network, shares in zip(networks, sharing, strict=True) if shares
+    )  # whose `condition` the sharing networks call
     world.shard(base)
     for network, shares in zip(networks, sharing, strict=True):
         world.shard(network.head if shares else network)
@@ -169,7 +172,7 @@ class ScoreMatching:
             shared = network.class_emb is self.student.class_emb
             for name, value in network.state_dict().items():
                 if name.startswith("head.") or not shared:
-                    tensors[f"{role}.{name}"] = whole(value).clone()  # both may share one backbone
+                    tensors[f"{role}.{name}"] = whole(value).to("cpu", copy=True)
         return tensors
 
 

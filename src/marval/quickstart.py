@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -63,6 +64,8 @@ class QuickstartConfig:
 
 def quickstart(config: QuickstartConfig, out: Path, resume: bool = False) -> dict[str, Any]:
     """Run everything into ``out``: models, results.json, samples.npz, report.html. Returns the results."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("the quickstart is one process: start it without torchrun")
     if importlib.util.find_spec("matplotlib") is None:  # fail now, not at the end
         raise ValueError("the report draws its curves with matplotlib: pip install 'marval[report]'")
     stages = {name: replace(getattr(config, name), seed=config.seed) for name in ("train", "distill", "rl")}

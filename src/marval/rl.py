@@ -210,6 +210,8 @@ def rl(config: RLConfig, student_folder: Path, out: Path, resume: bool = False) 
     world = connect(config.device, config.shard)
     group = config.group_size if config.algorithm == "group" else 1
     parts = world.parts(config.batch, config.accumulate, group)
+    if config.eval_images < world.size:
+        raise ValueError(f"eval_images {config.eval_images} must be at least the number of processes, {world.size}")
     base = Pipeline.load(student_folder, world.device)
     if base.student is None:
         raise ValueError(f"{student_folder} holds a teacher: RL starts from a student of `marval distill`")
@@ -233,10 +235,11 @@ def rl(config: RLConfig, student_folder: Path, out: Path, resume: bool = False) 
     judge = Classifier.load(config.judge, world.device).eval().requires_grad_(False) if config.judge else None
 
     blank = template(student)
-    prepare(student, config)
     scores = []
     if config.anchor > 0:
         scores = load_scores(student_folder, base.network, guidance_range is not None)
+    for network in (student, *scores[1:]):  # the auxiliary too
+        prepare(network, config)
     student, *scores = shard_networks(world, base.network, student, *scores)
     model = Pipeline(student, base.tokenizer, base.class_names, sampling, base.student)
     part = own_part(student, base.network)
@@ -364,15 +367,17 @@ def rl(config: RLConfig, student_folder: Path, out: Path, resume: bool = False) 
         stop = config.patience > 0 and best["misses"] >= config.patience
         save, look = stop or run.is_due(config.save_every, done), run.is_due(config.sample_every, done)
         if world.gathers and save:
-            current, scores = the_best(), matching.scores() if matching is not None else {}
+            current, tensors = the_best(), matching.scores() if matching is not None else {}
             if world.is_main:
-                if scores:
-                    save_tensors(out / "scores.safetensors", scores)
+                if tensors:
+                    save_tensors(out / "scores.safetensors", tensors)
                 current.save(out)
+            del current, tensors  # whole copies
         if world.gathers and look:
             current = averaged()
             if world.is_main:
                 save_sample_grid(run, current, done)
+            del current
         if save:
             run.save(done)  # last: a killed run repeats what the checkpoint does not know
         if stop:

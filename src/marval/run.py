@@ -141,6 +141,9 @@ class Run:
                 restore(target, state[name])
             extra.update(state["extra"])
             step = state["step"]
+        steps = self.world.gather_rows(torch.tensor([step], device=self.world.device))
+        if (steps != step).any():
+            raise ValueError(f"{self.out} is not one folder for all processes: put --out where all machines see it")
         if self.world.is_main and self.metrics_file.exists():  # drop what was logged after the checkpoint
             lines = [line for line in self.metrics_file.read_text().splitlines(True) if line.endswith("\n")]
             self.metrics_file.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
@@ -294,7 +297,7 @@ class Update:
         assert self.loss is not None
         gradients = {name: p.grad for name, p in self.module.named_parameters() if p.grad is not None}
         norm = whole(nn.utils.get_total_norm(list(gradients.values())))
-        if not torch.isfinite(norm + self.loss):
+        if self.world.means({"finite": torch.isfinite(norm + self.loss)})["finite"] < 1:  # all processes, or none
             bad = [
                 f"gradient of {name}" for name, gradient in gradients.items() if not whole(gradient).isfinite().all()
             ]

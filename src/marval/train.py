@@ -167,6 +167,7 @@ def train(config: TrainConfig, out: Path, resume: bool = False) -> Pipeline:
                 current.save(out)
             if world.is_main and look:
                 save_sample_grid(run, current, done)
+            del current  # a whole copy
         if save:
             run.save(done)  # last: a killed run repeats what the checkpoint does not know
     return averaged().to(world.device)
