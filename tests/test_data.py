@@ -375,3 +375,14 @@ def test_png_and_grid(tmp_path: Path):
     with Image.open(tmp_path / "grid.png") as saved:
         np.testing.assert_array_equal(np.asarray(saved), grid[..., 0])
     assert [p.name for p in tmp_path.iterdir()] == ["grid.png"]
+
+
+@pytest.mark.parametrize("flat", [False, True], ids=["train alone", "train and a flat val"])
+def test_a_folder_of_splits_is_not_a_folder_of_classes(flat: bool, tmp_path: Path):
+    for name in ("train/ant/0.png", "train/bee/0.png", *(["val/0.png"] if flat else [])):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        save_png(tmp_path / name, np.zeros((8, 8, 1), np.uint8))
+    with pytest.raises(
+        ValueError, match=r"holds train/ where classes should be: give .*train, or class folders in each"
+    ):
+        load_data(str(tmp_path))

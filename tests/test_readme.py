@@ -83,3 +83,8 @@ def test_python_compiles(page: Path):
         if any(line.startswith(">>> ") for line in lines):
             lines = [line[4:] for line in lines if line.startswith((">>> ", "... "))]
         compile("\n".join(lines), page.name, "exec")
+
+
+def test_no_placeholder_is_left_in_a_page():
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        assert not re.search(r"\b(TABLE|MATMUL|TODO|TBD|XXX)\b", page.read_text()), page

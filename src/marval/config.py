@@ -282,7 +282,8 @@ class RLConfig(RunConfig):
 
     reward: str = "classifier"
     """`classifier` (log-probability of the asked class), `reads-class` (1 if the classifier reads it, else 0),
-    or `path/to/file.py:function`: a callable (images float NCHW in [0, 1], prompts list[str]) -> (B,)."""
+    `pickscore:FOLDER_OR_HUB`, `clip:FOLDER_OR_HUB`, or `path/to/file.py:function`: a callable (images float NCHW in
+    [0, 1], prompts list[str]) -> (B,)."""
     classifier: str = ""
     """Folder of the classifier that the built-in rewards use (marval train-classifier)."""
     judge: str = ""
@@ -399,7 +400,8 @@ class EvaluateConfig:
     order: str | None = None
     """random, raster or centre-out."""
     rewards: str = ""
-    """Rewards to take the mean of, comma-separated: clip:FOLDER, pickscore:FOLDER, path/to/file.py:function."""
+    """Rewards to take the mean of, comma-separated: clip:FOLDER_OR_HUB, pickscore:FOLDER_OR_HUB, or
+    path/to/file.py:function."""
     prompt: str = "a high-quality and harmonious picture of {class}"
     """Prompt of each image for the rewards; {class} is replaced by the class name."""
     precision: Literal["auto", "float32", "bf16"] = "auto"

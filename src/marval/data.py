@@ -169,6 +169,9 @@ def class_files(root: Path) -> dict[str, list[str]]:
     classes = _subfolders(root)
     if not classes:
         raise ValueError(f"{root} has no class folders: put the images of each class into a sub-folder of its own")
+    if splits := [folder.name for folder in classes if folder.name in ("train", "val", "test")]:
+        inside = root / splits[0]
+        raise ValueError(f"{root} holds {splits[0]}/ where classes should be: give {inside}, or class folders in each")
     files = {folder.name: images_below(folder) for folder in classes}
     for folder in classes:
         if not files[folder.name]:

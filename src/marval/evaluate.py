@@ -328,6 +328,8 @@ def evaluate_folder(
         raise ValueError(f"{partial} holds an unfinished evaluation: {remedy}")
     if not config.reference:
         raise ValueError("name what to compare with: --reference digits, a folder of images, or an .npz")
+    if config.reference != "digits" and not Path(config.reference).exists():
+        raise ValueError(f"--reference {config.reference} does not exist: give digits, a folder of images, or an .npz")
     if picture is not None:
         check_matplotlib()
     world.barrier()  # every process has looked at the files before one is written

@@ -1,5 +1,6 @@
 """Published checkpoints in: the reference MAR's models as model folders, KL-16 and TAESD as tokenizer folders."""
 
+import argparse
 import re
 from collections.abc import Mapping
 from itertools import pairwise
@@ -180,7 +181,7 @@ def import_kl16(checkpoint: Path, out: Path) -> str:
     Raises:
         ValueError: another file; names every missing, unexpected and misshapen tensor.
     """
-    tensors, _ = read_state_dict(checkpoint, "model")
+    tensors, _ = read_state_dict(checkpoint, "model", [argparse.Namespace])  # of a MAR given by mistake
     ours = KL(KL16, "KL-16").kl.state_dict()
     expected = {_kl16_name(name): list(tensor.shape) for name, tensor in ours.items()}
     expected |= {

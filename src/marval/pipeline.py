@@ -1,6 +1,7 @@
 """A model as users meet it: network, tokenizer, class names and sampling defaults, loaded from one folder."""
 
 import dataclasses
+import difflib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -142,7 +143,7 @@ class Pipeline:
     # ---- arguments
 
     def label(self, name: int | str | None) -> int:
-        """A class by index or name (a string is a name first, then an index); None is "no class".
+        """A class by name (capitals do not matter) or index (of a string, last); None is "no class".
 
         Raises:
             ValueError: unknown class.
@@ -151,12 +152,17 @@ class Pipeline:
             return self.network.config.num_classes
         if isinstance(name, str) and name in self.class_names:
             return self.class_names.index(name)
+        lower = {known.lower(): index for index, known in enumerate(self.class_names)}
+        if isinstance(name, str) and name.lower() in lower:
+            return lower[name.lower()]
         try:
             index = int(name)
         except ValueError:
             index = -1
         if not 0 <= index < len(self.class_names):
-            known = ", ".join(self.class_names[:12]) + (", ..." if len(self.class_names) > 12 else "")
+            near = difflib.get_close_matches(str(name).lower(), lower, n=3)
+            some = [self.class_names[lower[word]] for word in near] or self.class_names[:12]
+            known = ", ".join(some) + (", ..." if len(self.class_names) > len(some) else "")
             raise ValueError(f"unknown class {name!r}: give an index in [0, {len(self.class_names) - 1}] or of {known}")
         return index
 
