@@ -228,7 +228,7 @@ def _curves(metrics: Mapping[str, list[dict[str, Any]]]) -> list[str]:
         figure = Figure(figsize=(3.6, 1.8), layout="constrained")
         axes = figure.add_subplot()
         legend, lowest, highest = "", math.inf, 0.0
-        for key, (colour, variable) in zip(keys, SERIES.items(), strict=False):
+        for key, (colour, variable) in zip(keys, [*SERIES.items()][: len(keys)], strict=True):
             rows = [row for row in metrics[model] if row.get(key) is not None and math.isfinite(row[key])]
             if not rows:
                 continue
