@@ -111,7 +111,7 @@ def imagenet_aligned() -> RLConfig:
 def imagenet_evaluation() -> EvaluateConfig:
     """FID-50k as ADM and MAR measure it: 50,000 images, 50 per class, Inception features, ADM's statistics.
 
-    Guidance and AR steps are those of the model's folder unless given. Dry run of the MAR-B teacher at K = 64: 6 minutes.
+    Guidance and AR steps are those of the model's folder unless given. Dry run: MAR-B teacher, K = 64: 6 minutes.
     """
     return EvaluateConfig(num_images=50_000, features="inception", reference="VIRTUAL_imagenet256_labeled.npz")
 
