@@ -127,8 +127,8 @@ def imagenet256_b_teacher() -> TrainConfig:
 def imagenet256_l_teacher() -> TrainConfig:
     """MAR-L from scratch.
 
-    The authors' model: FID 1.78, IS 296.0 (MAR's README, 256 AR steps, w = 3.0 linear). Dry run: 4.9 days;
-    8 H200 need ``--accumulate 2``.
+    The authors' model: FID 1.78, IS 296.0 (MAR's README, 256 AR steps, w = 3.0 linear). Dry run: 4.9 days.
+    On 8 H200 with ``--accumulate 2``.
     """
     return imagenet_teacher("mar-l", 3.0)
 
@@ -136,8 +136,8 @@ def imagenet256_l_teacher() -> TrainConfig:
 def imagenet256_h_teacher() -> TrainConfig:
     """MAR-H from scratch.
 
-    The authors' model: FID 1.55, IS 303.7 (MAR's README, 256 AR steps, w = 3.2 linear). Dry run: 9.8 days;
-    8 H200 need ``--accumulate 4``.
+    The authors' model: FID 1.55, IS 303.7 (MAR's README, 256 AR steps, w = 3.2 linear). Dry run: 9.8 days.
+    On 8 H200 with ``--accumulate 4``.
     """
     return imagenet_teacher("mar-h", 3.2)
 
