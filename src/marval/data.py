@@ -60,8 +60,9 @@ def load_dataset(
     images of each class, sorted by path, are held out where index % 5 == 0 (a single image is kept for training).
 
     Args:
-        source: ``digits`` (embedded), or a folder with one sub-folder per class (sorted by name), images anywhere
-            below it.
+        source: ``digits`` (embedded); a folder with one sub-folder per class (sorted by name), images anywhere
+            below it; or an .npz of ``images`` (uint8 NHWC), ``labels`` (N,), ``class_names``, and where they are
+            known ``test`` (bool (N,): held out; otherwise every fifth of a class), ``source`` and ``licence``.
         image_size: centre-crop to squares of this size; None if all images already are squares of one size.
         classes: the sub-folders, or ImageNet's 1,000, of which the sub-folders are named by WordNet id.
 
@@ -71,6 +72,8 @@ def load_dataset(
     _check(split, image_size)
     if source == "digits":
         return _digits(split, image_size, classes)
+    if Path(source).suffix == ".npz":
+        return _npz(Path(source), split, image_size, classes)
     paths, labels, names = _labelled_files(Path(source), split, classes)
     return ImageDataset(read_equal(paths, image_size, squares=True), labels, names, source, "not stated")
 
@@ -119,12 +122,50 @@ def _digits(split: Split, image_size: int | None, classes: Classes) -> ImageData
     held_out = np.arange(len(labels)) % HOLD_OUT == 0
     keep = {"train": ~held_out, "test": held_out, "all": held_out | True}[split]
     images = images[keep]
-    if image_size is not None:
-        crops = [center_crop(Image.fromarray(image[..., 0]), image_size) for image in images]
-        images = np.stack([np.asarray(crop) for crop in crops])[..., None]
+    images = images if image_size is None else _resize(images, image_size)
     source = "UCI Optical Recognition of Handwritten Digits, test part"
     labels, names = class_labels(labels[keep], [str(c) for c in range(10)], classes, "digits")
     return ImageDataset(images, labels, names, source, "CC BY 4.0")
+
+
+def _npz(path: Path, split: Split, image_size: int | None, classes: Classes) -> ImageDataset[np.ndarray]:
+    """Images of an .npz (`load_dataset`)."""
+    try:
+        with np.load(path) as file:
+            arrays = {name: file[name] for name in file.files}
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read {path}: {error}") from None
+    if missing := [name for name in ("images", "labels", "class_names") if name not in arrays]:
+        raise ValueError(f"{path} has no {missing[0]!r}: it needs images, labels and class_names")
+    images, labels, names = arrays["images"], arrays["labels"], [str(name) for name in arrays["class_names"]]
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3) or not len(images):
+        raise ValueError(f"{path}: images must be uint8 NHWC of 1 or 3 channels, got {images.dtype} {images.shape}")
+    if image_size is None and images.shape[1] != images.shape[2]:
+        raise ValueError(f"{path}: images are {images.shape[1]}x{images.shape[2]}: choose an --image-size")
+    whole = labels.shape == images.shape[:1] and np.issubdtype(labels.dtype, np.integer)
+    if not whole or labels.min() < 0 or labels.max() >= len(names):
+        found = f"{labels.dtype} {labels.shape} from {labels.min()} to {labels.max()}"
+        raise ValueError(f"{path}: labels must be ({len(images)},) integers in [0, {len(names) - 1}], got {found}")
+    held_out = np.zeros(len(images), bool)
+    for label in range(len(names)):
+        of_class = np.flatnonzero(labels == label)
+        held_out[of_class[::HOLD_OUT]] = len(of_class) > 1
+    held_out = arrays.get("test", held_out)
+    if held_out.dtype != bool or held_out.shape != labels.shape:
+        raise ValueError(f"{path}: test must be ({len(images)},) booleans, got {held_out.dtype} {held_out.shape}")
+    keep = {"train": ~held_out, "test": held_out, "all": held_out | True}[split]
+    if not keep.any():
+        raise ValueError(f"{path}: the {split} split is empty")
+    labels, names = class_labels(labels[keep].astype(np.int64), names, classes, path)
+    source, licence = (str(arrays.get(name, default)) for name, default in (("source", path), ("licence", "not stated")))
+    images = images[keep]
+    return ImageDataset(images if image_size is None else _resize(images, image_size), labels, names, source, licence)
+
+
+def _resize(images: np.ndarray, size: int) -> np.ndarray:
+    """uint8 NHWC, centre-cropped and scaled."""
+    crops = [center_crop(Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image), size) for image in images]
+    return np.stack([np.asarray(crop).reshape(size, size, -1) for crop in crops])
 
 
 def _labelled_files(root: Path, split: Split, classes: Classes) -> tuple[list[str], np.ndarray, list[str]]:
