@@ -104,7 +104,8 @@ class RewardGradient:
         """Roll out whole images; the loss keeps the graph."""
         steps = unmask(
             self.model.network, self.model.draw(self.model.sampling), batch.labels, batch.orders, self.counts, batch.z,
-            guidance=batch.w, grad_ar_steps=self.config.grad_ar_steps,
+            guidance=batch.w,
+            grad_ar_steps=range(self.config.ar_steps)[-self.config.grad_ar_steps :],
             checkpoint_ar_steps=self.config.checkpoint_ar_steps,
         )  # fmt: skip
         tokens = last(steps)

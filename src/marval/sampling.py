@@ -8,7 +8,7 @@ inpainting, sampling and differentiable rollouts. How a token is drawn is a call
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Literal
 
 import torch
@@ -79,7 +79,7 @@ def gather_tokens(x: Tensor, positions: Tensor) -> Tensor:
 def unmask(
     network: MAR, draw: DrawTokens, labels: Tensor, orders: Tensor, counts: list[int], z: Tensor, *,
     guidance: float | Tensor = 1.0, guidance_schedule: Literal["constant", "linear"] = "constant",
-    needs_null: bool = False, tokens: Tensor | None = None, grad_ar_steps: int = 0,
+    needs_null: bool = False, tokens: Tensor | None = None, grad_ar_steps: Collection[int] | None = None,
     checkpoint_ar_steps: bool = False,
 ) -> Iterator[Tensor]:  # fmt: skip
     """The AR loop. Yields the tokens (B, L, D) after each step; the last is the image.
@@ -92,7 +92,8 @@ def unmask(
         guidance: scale w; with the linear schedule, the final one. For a student also (B, 1), one per image.
         needs_null: the draw combines two conditions: also run the backbone with the null class (unless w = 1).
         tokens: (B, L, D) known tokens where counts[0] < L (inpainting); they must come first in the orders.
-        grad_ar_steps: if gradients are enabled, only the last so many steps carry them; 0 for all.
+        grad_ar_steps: if gradients are enabled, only these steps carry them, counted from 0: what the others draw is
+            constant; None for all.
         checkpoint_ar_steps: store only each step's tokens and recompute the rest in the backward pass.
     """
     length, num_classes = network.config.num_tokens, network.config.num_classes
@@ -101,7 +102,6 @@ def unmask(
     doubled = needs_null and guidance != 1
     both_labels = torch.cat([labels, torch.full_like(labels, num_classes)]) if doubled else labels
     with_grad = torch.is_grad_enabled()
-    num_steps = len(counts) - 1
 
     for k, (masked, masked_after) in enumerate(itertools.pairwise(counts)):
         visible = orders[:, : length - masked].sort(dim=1).values
@@ -114,16 +114,17 @@ def unmask(
                 condition, null = gather_tokens(both, target.repeat(2, 1)).chunk(2)
             else:
                 condition, null = gather_tokens(network.condition(tokens, visible, labels), target), None
-            new = draw(condition, null, gather_tokens(z, target), w)
-            return tokens.scatter(1, target[..., None].expand_as(new), new.to(tokens.dtype))
+            return draw(condition, null, gather_tokens(z, target), w).to(tokens.dtype)
 
-        keep_grad = with_grad and (grad_ar_steps == 0 or k >= num_steps - grad_ar_steps)
+        keep_grad = with_grad and (grad_ar_steps is None or k in grad_ar_steps)
         with torch.set_grad_enabled(keep_grad):
             if keep_grad and checkpoint_ar_steps:
-                tokens = checkpoint(step, tokens, use_reentrant=False, preserve_rng_state=False)
+                new = checkpoint(step, tokens, use_reentrant=False, preserve_rng_state=False)
             else:
-                tokens = step(tokens)
-        assert isinstance(tokens, Tensor)
+                new = step(tokens)
+        assert isinstance(new, Tensor)
+        with torch.set_grad_enabled(with_grad):  # a step without gradient leaves those of the tokens before it
+            tokens = tokens.scatter(1, target[..., None].expand_as(new), new)
         yield tokens
 
 
