@@ -1,0 +1,84 @@
+"""Low-rank adapters: the identity at first, alone trained, and merged into a plain network that computes the same."""
+
+import copy
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from marval.config import MARConfig
+from marval.models.lora import Adapters, adapt
+from marval.models.mar import MAR
+
+CONFIG = MARConfig(
+    grid=4, token_dim=4, num_classes=3, width=32, depth=1, heads=2, buffer_size=2, head_width=24, head_depth=2
+)
+RANK = 3
+
+
+def network() -> MAR:
+    """With random numbers also where a fresh network has zeros."""
+    torch.manual_seed(0)
+    result = MAR(CONFIG, guidance_input=True).eval()
+    with torch.no_grad():
+        for parameter in result.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape))
+    return result
+
+
+def outputs(model: MAR) -> list[torch.Tensor]:
+    g = torch.Generator().manual_seed(1)
+    tokens, visible = torch.randn(2, 16, 4, generator=g), torch.tensor([[1, 5, 7], [0, 2, 15]])
+    condition = model.condition(tokens, visible, torch.tensor([0, 3]))
+    t = torch.full((2, 16), 700)
+    return [condition, model.head(tokens, t, condition, torch.full((2, 1), 1.5))]
+
+
+def trained() -> tuple[MAR, Adapters, MAR]:
+    """An adapted network after one update, its adapters, and the network before."""
+    plain = network()
+    adapted = copy.deepcopy(plain)
+    adapters = adapt(adapted, RANK)
+    optimizer = torch.optim.Adam(adapters.parameters(), 0.01)
+    for _ in range(2):  # in the first only B moves: A's gradient is zero where B is
+        optimizer.zero_grad()
+        sum(out.square().mean() for out in outputs(adapted)).backward()  # type: ignore[union-attr]
+        optimizer.step()
+    return adapted, adapters, plain
+
+
+def test_a_fresh_adapter_changes_nothing():
+    plain = network()
+    adapted = copy.deepcopy(plain)
+    adapt(adapted, RANK)
+    assert all(torch.equal(a, b) for a, b in zip(outputs(plain), outputs(adapted), strict=True))
+
+
+def test_adapters_alone_are_trained():
+    adapted, adapters, plain = trained()
+    own = {id(parameter) for parameter in adapters.parameters()}
+    assert {id(p) for p in adapted.parameters() if p.requires_grad} == own
+    linear = [module for module in plain.modules() if isinstance(module, torch.nn.Linear)]
+    assert sum(p.numel() for p in adapters.parameters()) == sum(RANK * sum(m.weight.shape) for m in linear)
+    state = adapted.state_dict()
+    for name, value in plain.state_dict().items():
+        frozen = name if name in state else name.replace(".weight", ".parametrizations.weight.original")
+        assert torch.equal(state[frozen], value), name
+    assert all(layer.up.any() for layer in adapters.layers.values())  # of the head's last layer too
+
+
+def test_merged_weights_compute_the_same():
+    adapted, adapters, plain = trained()
+    merged = copy.deepcopy(plain)
+    merged.load_state_dict(adapters.merged(adapted.state_dict()))  # strict: exactly the names of a plain network
+    assert_close(outputs(merged), outputs(adapted), rtol=0, atol=0)
+    assert not torch.allclose(outputs(plain)[1], outputs(merged)[1], atol=1e-3)
+    for name, value in plain.state_dict().items():
+        difference = merged.state_dict()[name] - value
+        if difference.ndim == 2 and difference.any():
+            assert torch.linalg.matrix_rank(difference, rtol=1e-3) <= RANK, name
+
+
+def test_rank():
+    with pytest.raises(ValueError, match="rank of adapters must be at least 1, got 0"):
+        adapt(network(), 0)
