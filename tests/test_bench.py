@@ -1,45 +1,71 @@
-"""Timing: rows, their split, the ratio, and both kinds of folder."""
+"""Timing: rows, their split, the ratio, and both kinds of folder; the floor against PyTorch's counter."""
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import tiny
 import torch
 
+from marval import masking
 from marval.__main__ import main
-from marval.bench import bench, teacher_and_student, time_batch
+from marval.bench import (
+    PARTS,
+    bench,
+    clocks,
+    largest_within,
+    median_and_spread,
+    peak_memory,
+    reset_peak,
+    split_batch,
+    teacher_and_student,
+    time_batch,
+)
+from marval.config import PRESETS
+from marval.costs import Work, without_data
+from marval.diffusion import cosine_schedule, respace
+from marval.floor import H200, Load, by_part, floor_seconds, sampling_loads
+from marval.models.mar import MAR
 from marval.pipeline import Pipeline
+from marval.sampling import diffusion_chain, last, one_evaluation, unmask
+
+# ---- bench
 
 
 def test_rows_and_ratio(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    args = ["bench", "--model", tiny.student(), "--batch", "1,8", "--repeats", 3, "--json", tmp_path / "bench.json"]
-    main([str(arg) for arg in args])
+    args = ["bench", "--model", tiny.student(), "--batch", "1,8", "--ar-steps", "2,4", "--repeats", 2]
+    main([str(arg) for arg in [*args, "--json", tmp_path / "bench.json", "--budget", 1e6]])
     results = json.loads((tmp_path / "bench.json").read_text())
     rows = results["rows"]
-    assert [(row["batch"], row["model"]) for row in rows] == [
-        (1, "teacher"), (1, "student"), (8, "teacher"), (8, "student"),
-    ]  # fmt: skip
+    assert [(row["batch"], row["ar_steps"], row["model"]) for row in rows] == [
+        (batch, k, model) for batch in (1, 8) for k in (2, 4) for model in ("teacher", "student")
+    ]
     for row in rows:
-        parts = [row[f"{part}_seconds_per_image"] for part in ("transformer", "head", "tokenizer")]
-        assert min(parts) > 0
+        assert min(row["parts"][part] for part in ("encoder", "decoder", "head", "tokenizer")) > 0
         assert row["spread"] >= 0
+        assert row["peak_memory"] > 2**20
+        assert row["over_floor"] > 1
     for teacher, student in zip(rows[::2], rows[1::2], strict=True):
-        ratio = teacher["total_seconds_per_image"] / student["total_seconds_per_image"]
-        assert results["speedup"][str(teacher["batch"])] == ratio
-        assert teacher["head_seconds_per_image"] > student["head_seconds_per_image"]  # ten steps against one
+        ratio = teacher["seconds_per_image"] / student["seconds_per_image"]
+        assert results["speedup"][f"batch {teacher['batch']}, K {teacher['ar_steps']}"] == ratio
+        assert teacher["parts"]["head"] > student["parts"]["head"]  # ten steps against one
+        assert teacher["floor_seconds_per_image"] > 2 * student["floor_seconds_per_image"]
     assert results["settings"]["head_steps"] == 10
+    assert results["machine"]["cores"] >= 1
+    assert results["budget"]["ar_steps"] == 16  # every K fits
     out = capsys.readouterr().out
-    assert "transformer" in out
-    assert out.count("teacher ") == 2
-    assert f"the student is {results['speedup']['8']:.1f} x as fast" in out
+    assert all(part in out for part in PARTS)
+    assert out.count("teacher ") == 4
+    assert f"batch 8, K 4: the student is {results['speedup']['batch 8, K 4']:.1f} x as fast" in out
+    assert "within 1e+06 ms per image at batch 1: K = 16" in out
+    assert all(len(line) <= 120 for line in out.splitlines())
 
 
 def test_parts_sum_to_the_total_and_the_timed_loop_is_the_real_one(monkeypatch: pytest.MonkeyPatch):
     model = Pipeline.load(tiny.teacher())
-    seconds = time_batch(model, model.settings(), 4, seed=0)
-    assert seconds["transformer"] + seconds["head"] + seconds["tokenizer"] == pytest.approx(seconds["total"], rel=1e-9)
     drawn = []
     decode = type(model.tokenizer).decode
 
@@ -48,9 +74,23 @@ def test_parts_sum_to_the_total_and_the_timed_loop_is_the_real_one(monkeypatch: 
         return decode(tokenizer, tokens)  # type: ignore[arg-type]
 
     monkeypatch.setattr(type(model.tokenizer), "decode", record)
+    parts = split_batch(model, model.settings(), 4, seed=6)
+    assert set(parts) == set(PARTS)
+    assert min(parts.values()) > 0
     time_batch(model, model.settings(), 4, seed=6)
     expected = model.sample_tokens([0, 1, 2, 3], seed=6)
-    np.testing.assert_array_equal(drawn[0].numpy(), expected.numpy())
+    for tokens in drawn:
+        np.testing.assert_array_equal(tokens.numpy(), expected.numpy())
+
+
+def test_clocks_leave_nothing_behind():
+    model = Pipeline.load(tiny.student())
+    before = [dict(vars(x)) for x in (model, model.network, model.tokenizer)]
+    with clocks(model) as seconds:
+        model.sample([1], refresh_every=2)
+    assert seconds["encoder"] == 0  # a cached backbone counts as the decoder
+    assert seconds["decoder"] > 0
+    assert [dict(vars(x)) for x in (model, model.network, model.tokenizer)] == before
 
 
 def test_models_of_a_folder():
@@ -61,9 +101,10 @@ def test_models_of_a_folder():
     assert np.array_equal(teacher.sample(**ask), original.sample(**ask))
     assert np.array_equal(student.sample([1, 2], seed=4), Pipeline.load(tiny.student()).sample([1, 2], seed=4))
 
-    results = bench(tiny.teacher(), [2], repeats=1, ar_steps=2, head_steps=2)
+    results = bench(tiny.teacher(), [2], repeats=1, ar_steps=[2], head_steps=2, precision="bf16", refresh_every=2)
     assert [row["model"] for row in results["rows"]] == ["teacher", "student"]
-    assert (results["settings"]["ar_steps"], results["settings"]["head_steps"]) == (2, 2)
+    assert (results["settings"]["refresh_every"], results["settings"]["head_steps"]) == (2, 2)
+    assert results["settings"]["dtype"] == "bf16"
     assert [row["spread"] for row in results["rows"]] == [0, 0]
 
 
@@ -71,3 +112,85 @@ def test_models_of_a_folder():
 def test_refused(batches: list[int], repeats: int):
     with pytest.raises(ValueError, match="at least 1"):
         bench(tiny.student(), batches, repeats)
+
+
+def test_the_largest_k_within_a_budget(monkeypatch: pytest.MonkeyPatch):
+    model = Pipeline.load(tiny.student())
+    monkeypatch.setattr("marval.bench.time_batch", lambda model, config, batch, seed: 0.01 * config.ar_steps * batch)
+    for budget, k in ((0.001, None), (0.01, 1), (0.055, 5), (0.16, 16), (9.0, 16)):
+        found = largest_within(model, budget, 4, 1, {})
+        assert found["ar_steps"] == k
+        assert found["seconds_per_image"] == (None if k is None else pytest.approx(0.01 * k))
+
+
+def test_median_and_spread():
+    assert median_and_spread([3.0]) == (3.0, 0.0)
+    assert median_and_spread([1.0, 2.0, 3.0, 4.0, 5.0]) == (3.0, pytest.approx(2 / 3))
+
+
+def test_peak_memory_sees_an_allocation_that_is_gone():
+    cpu = torch.device("cpu")
+    reset_peak(cpu)
+    before = peak_memory(cpu)
+    torch.ones(64 * 2**20)  # 256 MiB
+    assert peak_memory(cpu) >= before + 200 * 2**20
+
+
+# ---- the floor
+
+
+@pytest.mark.parametrize(("preset", "guided", "head_steps", "ar_steps"), [
+    ("mar-b", True, 3, 3), ("mar-b", False, 1, 4), ("mar-h", False, 1, 2),
+])  # fmt: skip
+def test_operations_are_those_of_pytorchs_counter(preset: str, guided: bool, head_steps: int, ar_steps: int):
+    model, batch = PRESETS[preset], 2
+    with torch.device("meta"):
+        network = MAR(model).requires_grad_(False).eval()
+    noise: Any = SimpleNamespace(device="meta")
+    z = torch.zeros(batch, model.num_tokens, model.token_dim, device="meta")
+    orders = torch.zeros(batch, model.num_tokens, dtype=torch.long, device="meta")
+    counts = masking.masked_counts(model.num_tokens, ar_steps)
+    with without_data(), torch.no_grad(), Work() as work:
+        draw = one_evaluation(network.head, cosine_schedule(), 755)
+        if guided:
+            draw = diffusion_chain(network.head, respace(cosine_schedule(), head_steps), noise, "ddim")
+        last(unmask(network, draw, orders[:, 0], orders, counts, z, guidance=2.0, needs_null=guided))
+    loads = sampling_loads(model, ar_steps, batch, head_steps=head_steps, guided=guided)
+    least = sum(part.operations for part in by_part(loads).values())
+    assert least <= work.operations <= 1.01 * least  # the last block computes a few queries that nothing reads
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_weights_are_those_of_the_network(preset: str):
+    """Each part's matrices, biases and norms, but for embeddings, which are looked up."""
+    model = PRESETS[preset]
+    with torch.device("meta"):
+        network = MAR(model)
+    counted = {"encoder": 0, "decoder": 0, "head": 0}
+    for name, parameter in network.named_parameters():
+        embeds = any(part in name for part in ("class_emb", "latent", "pos_embed", "mask_token", "time_embed"))
+        part = "head" if name.startswith("head.") else "decoder" if name.startswith("decoder") else "encoder"
+        counted[part] += 0 if embeds else 4 * parameter.numel()
+    parts = by_part(sampling_loads(model, 1, batch=7))
+    assert {part: load.weights for part, load in parts.items()} == pytest.approx(counted, rel=1e-12)
+
+
+def test_what_the_floor_is_made_of():
+    model = PRESETS["mar-b"]
+    student, large = (by_part(sampling_loads(model, 16, batch)) for batch in (1, 4))
+    teacher = by_part(sampling_loads(model, 16, 1, head_steps=100, guided=True))
+    for part in student:
+        assert large[part].operations == 4 * student[part].operations
+        assert large[part].weights == student[part].weights  # read once for the whole batch
+        assert large[part].activations == 4 * student[part].activations
+    assert teacher["decoder"].operations == 2 * student["decoder"].operations
+    assert teacher["head"].operations == pytest.approx(200 * student["head"].operations, rel=0.05)
+    assert teacher["head"].weights == pytest.approx(100 * student["head"].weights, rel=0.05)
+    bf16 = by_part(sampling_loads(model, 16, 1, itemsize=2))
+    assert bf16["head"].bytes == student["head"].bytes / 2
+
+    loads = [{"encoder": Load(2, 1, 1), "decoder": Load(4, 1, 0), "head": Load()}] * 3
+    assert floor_seconds(loads, rate=1, bandwidth=1) == {"encoder": 6, "decoder": 12, "head": 0, "total": 18}
+    assert floor_seconds(loads, rate=1, bandwidth=0.5)["encoder"] == 12  # two bytes take longer than two operations
+    seconds = floor_seconds(sampling_loads(model, 256, 1, itemsize=2), *H200)["total"]
+    assert 0.005 < seconds < 0.1  # the published times of MAR-B at batch 1 are far above

@@ -1,121 +1,285 @@
-"""Time a teacher and its student side by side: where an image's time goes, and the ratio."""
+"""Time a teacher and its student side by side: where an image's time goes, how far from the floor, and the ratio."""
 
+import contextlib
 import dataclasses
+import os
+import platform
+import resource
 import statistics
+import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from marval import masking, sampling
 from marval.config import SamplingConfig, StudentConfig, to_dict
+from marval.floor import bandwidth, floor_seconds, matmul_rate, sampling_loads, synchronise
+from marval.graphs import plainly
 from marval.matching import load_scores
+from marval.models.cached import CachedBackbone
 from marval.pipeline import Pipeline
 from marval.rng import ImageNoise
 from marval.run import versions
 from marval.tokenizers import to_uint8
 
-PARTS = ("transformer", "head", "tokenizer", "total")
+PARTS = ("encoder", "decoder", "head", "tokenizer", "rest")
 
 
-def teacher_and_student(folder: Path, device: torch.device | str = "cpu") -> tuple[Pipeline, Pipeline]:
+def teacher_and_student(
+    folder: Path, device: torch.device | str = "cpu", dtype: Literal["float32", "bf16"] = "float32"
+) -> tuple[Pipeline, Pipeline]:
     """Both models of a folder: a student's folder holds its teacher's head; a teacher is timed as its own student."""
-    model = Pipeline.load(folder, device)
+    model = Pipeline.load(folder, device, dtype=dtype)
     if model.student is None:
         config = StudentConfig(guidance=model.sampling.guidance)
         constant = dataclasses.replace(model.sampling, guidance_schedule="constant")
         student = Pipeline(model.network, model.tokenizer, model.class_names, constant, config)
         return model, student
     network = load_scores(folder, model.network, model.student.guidance_range is not None)[0]
+    if dtype == "bf16":
+        network.to_bf16()
     return Pipeline(network, model.tokenizer, model.class_names, model.sampling), model
 
 
+# ---- what a number was measured on
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """The processor, and the GPU if that is what is measured."""
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
+    found: dict[str, Any] = {"cpu": name, "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    with contextlib.suppress(OSError):
+        found["load_average"] = os.getloadavg()[0]
+    if device.type == "cuda":
+        found["gpu"] = torch.cuda.get_device_name(device)
+    return found
+
+
+def reset_peak(device: torch.device) -> None:
+    """From now on `peak_memory` counts, as far as the system can start anew (CUDA, Linux)."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: of tensors on the GPU, or resident memory of the whole process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+# ---- one batch
+
+
 @torch.inference_mode()
-def time_batch(model: Pipeline, config: SamplingConfig, batch: int, seed: int) -> dict[str, float]:
-    """Seconds of one batch by part: transformer (and the loop around it), head, tokenizer, total."""
+def time_batch(model: Pipeline, config: SamplingConfig, batch: int, seed: int) -> float:
+    """Seconds from classes to uint8 images (or to tokens, if there is no autoencoder); nothing inside is timed."""
     device = model.device
-    seconds: dict[str, float] = dict.fromkeys(PARTS, 0.0)
-
-    def now() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter()
-
-    noise = ImageNoise(seed, list(range(batch)), device)
-    length = model.network.config.num_tokens
+    synchronise(device)
+    start = time.perf_counter()
     labels = torch.arange(batch, device=device) % len(model.class_names)
-    draw = model.draw(config, noise)
-
-    def timed(condition: Tensor, null: Tensor | None, z: Tensor, w: float | Tensor) -> Tensor:
-        start = now()
-        tokens = draw(condition, null, z, w)
-        seconds["head"] += now() - start
-        return tokens
-
-    start = now()
-    tokens = sampling.last(
-        sampling.unmask(
-            model.network, timed, labels, model.make_orders(config.order, noise),
-            masking.masked_counts(length, config.ar_steps), noise.randn(length, model.network.config.token_dim),
-            guidance=config.guidance, guidance_schedule=config.guidance_schedule, needs_null=model.student is None,
-        )
-    )  # fmt: skip
-    loop = now()
+    tokens = model.draw_batch(config, labels, ImageNoise(seed, list(range(batch)), device))
     if model.tokenizer.has_images:
         to_uint8(model.tokenizer.decode(tokens)).cpu()
-    end = now()
-    seconds |= {"transformer": loop - start - seconds["head"], "tokenizer": end - loop, "total": end - start}
-    return seconds
+    synchronise(device)
+    return time.perf_counter() - start
 
 
-def bench(folder: Path, batches: list[int], repeats: int = 10, device: str = "cpu", **settings: Any) -> dict[str, Any]:
+@contextlib.contextmanager
+def clocks(model: Pipeline) -> Iterator[dict[str, float]]:
+    """Seconds spent inside encoder, decoder, head and tokenizer until the block ends, added up.
+
+    Each clock waits for the device, so the sum is longer than a batch without clocks; CUDA graphs are left aside. A
+    cached backbone (refresh_every) is not split: its time counts as the decoder's.
+    """
+    seconds: dict[str, float] = dict.fromkeys(PARTS[:-1], 0.0)
+    device = model.device
+
+    def clocked(part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            synchronise(device)
+            start = time.perf_counter()
+            result = function(*args, **kwargs)
+            synchronise(device)
+            seconds[part] += time.perf_counter() - start
+            return result
+
+        return timed
+
+    draw, network, tokenizer = model.draw, model.network, model.tokenizer
+    encode, decode, images = network.encode, network.decode, tokenizer.decode
+
+    def draw_clocked(*args: Any, **kwargs: Any) -> Callable[..., Tensor]:
+        return clocked("head", draw(*args, **kwargs))
+
+    cached = clocked("decoder", CachedBackbone.condition)
+    own: list[dict[str, Any]] = [vars(model), vars(network), vars(tokenizer)]
+    before = [dict(names) for names in own]
+    own[0].update(draw=draw_clocked, call=plainly)
+    own[1].update(encode=clocked("encoder", encode), decode=clocked("decoder", decode))
+    own[2].update(decode=clocked("tokenizer", images))
+    try:
+        with patch.object(CachedBackbone, "condition", cached):
+            yield seconds
+    finally:
+        for names, old in zip(own, before, strict=True):
+            names.clear()
+            names.update(old)
+
+
+def split_batch(model: Pipeline, config: SamplingConfig, batch: int, seed: int) -> dict[str, float]:
+    """Seconds of a batch by part, `PARTS`, with clocks."""
+    with clocks(model) as seconds:
+        total = time_batch(model, config, batch, seed)
+    return {**seconds, "rest": total - sum(seconds.values())}
+
+
+# ---- many
+
+
+def median_and_spread(values: list[float]) -> tuple[float, float]:
+    """Median, and interquartile range over median."""
+    middle = statistics.median(values)
+    if len(values) < 2:
+        return middle, 0.0
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    return middle, (high - low) / middle
+
+
+def floor_of(model: Pipeline, config: SamplingConfig, batch: int, rates: dict[str, float]) -> float:
+    """Seconds of a batch without the autoencoder: operations over the rate; on a GPU also bytes over the bandwidth."""
+    on_gpu = model.device.type == "cuda"
+    teacher = model.student is None
+    loads = sampling_loads(
+        model.network.config, config.ar_steps, batch, head_steps=config.head_steps if teacher else 1,
+        guided=teacher and config.guidance != 1, itemsize=int(rates["itemsize"]),
+    )  # fmt: skip
+    return floor_seconds(loads, rates["matmul"], rates["bandwidth"] if on_gpu else float("inf"))["total"]
+
+
+def rates_of(device: torch.device, precision: str) -> dict[str, float]:
+    """Measured operations and bytes per second, and the bytes of a number."""
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    return {"matmul": matmul_rate(device, dtype), "bandwidth": bandwidth(device), "itemsize": dtype.itemsize}
+
+
+def bench(
+    folder: Path, batches: list[int], repeats: int = 10, device: str = "cpu", ar_steps: list[int] | None = None,
+    budget: float | None = None, precision: Literal["auto", "float32", "bf16"] = "auto", graphs: bool = False,
+    compile: bool = False, **settings: Any,
+) -> dict[str, Any]:  # fmt: skip
     """Medians over ``repeats`` batches after a warm-up, teacher and student in turn within one process.
 
+    Args:
+        ar_steps: values of K, each timed at every batch size; the model's default if left out.
+        precision: of the weights; auto: bf16 on CUDA, float32 on the CPU. graphs, compile: `Pipeline.accelerate`.
+        budget: milliseconds: also find the largest K whose student's image takes no longer at the first batch size.
+        settings: of `Pipeline.settings`.
+
     Returns:
-        ``rows``: one per batch size and model, with seconds per image by part and the spread (interquartile range over
-        median) of the total; ``speedup``: teacher over student for each batch size; settings and versions.
+        ``rows``: one per batch size, K and model; times of an image, its parts from batches of their own with clocks,
+        which are slower. ``speedup``: teacher over student by batch size and K. Settings, machine and versions.
     """
     if repeats < 1 or min(batches, default=0) < 1:
         raise ValueError(f"repeats and batch sizes must be at least 1, got {repeats} and {batches}")
-    models = dict(zip(("teacher", "student"), teacher_and_student(folder, device), strict=True))
-    configs = {name: model.settings(**settings) for name, model in models.items()}
+    place = torch.device(device)
+    dtype = ("bf16" if place.type == "cuda" else "float32") if precision == "auto" else precision
+    models = dict(zip(("teacher", "student"), teacher_and_student(folder, place, dtype), strict=True))
+    for model in models.values():
+        model.accelerate(graphs, compile)
+    rates = rates_of(place, dtype)
     rows, speedup = [], {}
+    given = ar_steps or [models["student"].sampling.ar_steps]
     for batch in batches:
-        times: dict[str, list[dict[str, float]]] = {name: [] for name in models}
-        for repeat in tqdm(range(repeats + 1), desc=f"batch {batch}", delay=2, leave=False):
+        for k in given:
+            configs = {name: model.settings(**settings, ar_steps=k) for name, model in models.items()}
+            times: dict[str, list[float]] = {name: [] for name in models}
+            peaks = dict.fromkeys(models, 0)
+            for repeat in tqdm(range(repeats + 1), desc=f"batch {batch}, K {k}", delay=2, leave=False):
+                for name, model in models.items():
+                    reset_peak(place)
+                    times[name].append(time_batch(model, configs[name], batch, seed=repeat))
+                    peaks[name] = max(peaks[name], peak_memory(place))
             for name, model in models.items():
-                measured = time_batch(model, configs[name], batch, seed=repeat)
-                if repeat > 0:
-                    times[name].append(measured)
-        for name in models:
-            row: dict[str, Any] = {"model": name, "batch": batch}
-            for part in PARTS:
-                row[f"{part}_seconds_per_image"] = statistics.median(t[part] for t in times[name]) / batch
-            totals = sorted(t["total"] for t in times[name])
-            quartiles = statistics.quantiles(totals, n=4) if repeats > 1 else [totals[0]] * 3
-            row["spread"] = (quartiles[2] - quartiles[0]) / quartiles[1]
-            rows.append(row)
-        speedup[str(batch)] = rows[-2]["total_seconds_per_image"] / rows[-1]["total_seconds_per_image"]
-    protocol = {"repeats": repeats, "dtype": "float32", **to_dict(configs["teacher"])}
-    return {"rows": rows, "speedup": speedup, "settings": protocol, "versions": versions(models["teacher"].device)}
+                median, spread = median_and_spread([seconds / batch for seconds in times[name][1:]])
+                splits = [split_batch(model, configs[name], batch, seed) for seed in range(min(3, repeats))]
+                parts = {part: statistics.median(split[part] for split in splits) / batch for part in PARTS}
+                least = floor_of(model, configs[name], batch, rates) / batch
+                rows.append(
+                    {
+                        "model": name, "batch": batch, "ar_steps": k, "seconds_per_image": median, "spread": spread,
+                        "parts": parts, "floor_seconds_per_image": least,
+                        "over_floor": (median - parts["tokenizer"]) / least, "peak_memory": peaks[name],
+                    }
+                )  # fmt: skip
+            speedup[f"batch {batch}, K {k}"] = rows[-2]["seconds_per_image"] / rows[-1]["seconds_per_image"]
+    options = {"repeats": repeats, "dtype": dtype, "graphs": graphs, "compile": compile}
+    protocol = {**options, **to_dict(models["teacher"].settings(**settings))}
+    about = {"machine": machine(place), "versions": versions(place), "date": time.strftime("%Y-%m-%d")}
+    found = {"rows": rows, "speedup": speedup, "rates": rates, "settings": protocol, **about, "command": sys.argv}
+    if budget is not None:
+        found["budget"] = largest_within(models["student"], budget / 1000, batches[0], repeats, settings)
+    return found
+
+
+def largest_within(
+    model: Pipeline, budget: float, batch: int, repeats: int, settings: dict[str, Any]
+) -> dict[str, float | int | None]:
+    """The largest K whose median image takes at most ``budget`` seconds, by bisection; None if no K does."""
+    measured: dict[int, float] = {}
+
+    def fits(k: int) -> bool:
+        config = model.settings(**settings, ar_steps=k)
+        times = [time_batch(model, config, batch, seed) for seed in range(repeats + 1)]
+        measured[k] = statistics.median(times[1:]) / batch
+        return measured[k] <= budget
+
+    low, high = 0, model.network.config.num_tokens + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return {"seconds": budget, "batch": batch, "ar_steps": low or None, "seconds_per_image": measured.get(low)}
 
 
 def table(results: dict[str, Any]) -> str:
     """The rows as text: milliseconds per image."""
-    lines = [f"{'batch':>5}  {'model':<8}{'transformer':>12}{'head':>10}{'tokenizer':>11}{'total ms':>10}{'spread':>8}"]
+    parts = "".join(f"{part:>10}" for part in PARTS)
+    lines = [f"{'batch':>5}{'K':>5}  {'model':<8}{'total ms':>10}{'spread':>8}{'floor x':>9}{'MiB':>8} |{parts}"]
     for row in results["rows"]:
-        parts = [1000 * row[f"{part}_seconds_per_image"] for part in PARTS]
+        split = "".join(f"{1000 * row['parts'][part]:>10.2f}" for part in PARTS)
         lines.append(
-            f"{row['batch']:>5}  {row['model']:<8}{parts[0]:>12.2f}{parts[1]:>10.2f}{parts[2]:>11.3f}{parts[3]:>10.2f}"
-            f"{100 * row['spread']:>6.0f} %"
+            f"{row['batch']:>5}{row['ar_steps']:>5}  {row['model']:<8}{1000 * row['seconds_per_image']:>10.2f}"
+            f"{100 * row['spread']:>6.0f} %{row['over_floor']:>9.2f}{row['peak_memory'] / 2**20:>8.0f} |{split}"
         )
-    lines += [f"batch {batch}: the student is {ratio:.1f} x as fast" for batch, ratio in results["speedup"].items()]
-    s = results["settings"]
-    guided = f"guidance {s['guidance']} ({s['guidance_schedule']})"
-    lines.append(
-        f"teacher: {s['head_steps']} {s['solver']} steps; K = {s['ar_steps']}, {guided}, float32, ms per image"
-    )
+    lines += [f"{case}: the student is {ratio:.1f} x as fast" for case, ratio in results["speedup"].items()]
+    if "budget" in results:
+        b = results["budget"]
+        took = "no K fits" if b["ar_steps"] is None else f"K = {b['ar_steps']} ({1000 * b['seconds_per_image']:.1f} ms)"
+        lines.append(f"within {1000 * b['seconds']:g} ms per image at batch {b['batch']}: {took}")
+    s, m, rates = results["settings"], results["machine"], results["rates"]
+    on_gpu = "gpu" in m
+    modes = [name for name in ("graphs", "compile") if s[name]]
+    modes += [f"refresh_every {s['refresh_every']}"] if s["refresh_every"] > 1 else []
+    lines += [
+        f"ms per image; the parts were clocked in other batches; teacher: {s['head_steps']} {s['solver']} steps, "
+        f"guidance {s['guidance']} ({s['guidance_schedule']})",
+        f"floor: operations at the {rates['matmul'] / 1e12:.3g} TFLOP/s of matrix products measured in this run"
+        + (f", or bytes at {rates['bandwidth'] / 1e9:.0f} GB/s" if on_gpu else "") + "; without the tokenizer",
+        f"{', '.join([s['dtype'], *modes])}, {m.get('gpu', m['cpu'])}, {m['cores']} cores, {m['threads']} threads; "
+        + ("MiB: peak of tensors on the GPU" if on_gpu else "MiB: peak of the process's resident memory"),
+    ]  # fmt: skip
     return "\n".join(lines)

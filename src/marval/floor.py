@@ -1,8 +1,9 @@
 """The least that drawing images can cost: operations and bytes of every AR step, and what a device needs for them.
 
 Operations are those of the matrix products and of attention, a multiplication and its addition counted as two, of the
-network as `marval.models` defines it: conditions of all tokens in each AR step, one head evaluation per denoising step.
-tests/test_bench.py compares them with PyTorch's counter. Time embeddings (once per model) and the autoencoder are left out.
+network as `marval.models` defines it: encoder and decoder in each AR step, but in the decoder's last block only the
+rows of the tokens that are revealed, whose conditions alone are read; one head evaluation per denoising step. The tests
+compare them with PyTorch's counter. Time embeddings (once per model) and the autoencoder are left out.
 
 Bytes are what a device must move that keeps nothing from one matrix product to the next but fuses all else into them:
 
@@ -67,10 +68,17 @@ def _blocks(width: int, depth: int, rows: int, length: int, itemsize: int) -> Lo
     )
 
 
-def _linear(rows: int, inputs: int, outputs: int, itemsize: int) -> Load:
+def _last_block(width: int, rows: int, length: int, wanted: int, itemsize: int) -> Load:
+    """A block that gives ``wanted`` of its ``length`` tokens: keys and values of all, the rest of those alone."""
     return Load(
-        2 * rows * inputs * outputs, (inputs + 1) * outputs * itemsize, rows * (inputs + outputs) * itemsize
+        rows * (4 * length * width**2 + 20 * wanted * width**2 + 4 * wanted * length * width),
+        (12 * width**2 + 13 * width) * itemsize,
+        rows * (5 * length + 18 * wanted) * width * itemsize,
     )
+
+
+def _linear(rows: int, inputs: int, outputs: int, itemsize: int) -> Load:
+    return Load(2 * rows * inputs * outputs, (inputs + 1) * outputs * itemsize, rows * (inputs + outputs) * itemsize)
 
 
 def ar_step(
@@ -80,10 +88,12 @@ def ar_step(
     width, wide, dim = model.width, model.head_width, model.token_dim
     rows, seen = batch * (1 + guided), model.num_tokens - masked
     inside, length = model.buffer_size + seen, model.buffer_size + model.num_tokens
-    tokens = rows * (masked - masked_after)
+    revealed = masked - masked_after
+    tokens = rows * revealed
     norms = Load(weights=2 * width * itemsize)
     encoder = _linear(rows * seen, dim, width, itemsize) + _blocks(width, model.depth, rows, inside, itemsize)
-    decoder = _linear(rows * inside, width, width, itemsize) + _blocks(width, model.depth, rows, length, itemsize)
+    decoder = _linear(rows * inside, width, width, itemsize) + _blocks(width, model.depth - 1, rows, length, itemsize)
+    decoder += _last_block(width, rows, length, revealed, itemsize)
     block = Load(10 * tokens * wide**2, (5 * wide**2 + 7 * wide) * itemsize, 9 * tokens * wide * itemsize)
     layers = [_linear(tokens, dim, wide, itemsize), *[block] * model.head_depth]
     layers += [_linear(tokens, wide, 2 * wide, itemsize), _linear(tokens, wide, 2 * dim, itemsize)]
