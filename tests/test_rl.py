@@ -14,7 +14,9 @@ from marval.distill import distill
 from marval.pipeline import Pipeline
 from marval.policy import gaussian_log_prob
 from marval.rewards import UserReward
-from marval.rl import Batch, GroupGradient, image_statistics, rl
+from marval.algorithms import Batch, GroupGradient
+from marval.monitor import image_statistics
+from marval.rl import rl
 from marval.run import autocast
 from marval.sampling import gather_tokens
 
@@ -115,7 +117,7 @@ def test_hinge_and_truncated_gradients(file: Path, tmp_path: Path):
 
 def test_early_stop_keeps_the_best(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """Dark images are the reward, bright ones are what the updates make: only the start is ever best."""
-    model = aligned(tmp_path / "run", reward=f"{file}:odd", patience=2, steps=100)
+    model = aligned(tmp_path / "run", reward=f"{file}:odd", patience=2, steps=100, collapse=0)
     rows = tiny.metrics(tmp_path / "run")
     assert max(row["step"] for row in rows) == 8
     assert "stopped: no better held-out score since update 0" in capsys.readouterr().err
@@ -141,7 +143,7 @@ def test_classifier_reward_and_judge(tmp_path: Path):
     rows = [row for row in tiny.metrics(tmp_path / "run") if "judge_heldout" in row]
     assert rows[0]["judge_heldout"] == pytest.approx(rows[0]["reward_heldout"], rel=1e-4)
     assert max(row["judge_heldout"] for row in rows) > rows[0]["judge_heldout"] + 0.1
-    watched = {"reward", "brightness", "contrast", "edge_density", "entropy", "saturated", "y", "grad_norm"}
+    watched = {"reward", "brightness", "contrast", "edge_density", "entropy", "clipped", "y", "grad_norm"}
     assert watched < tiny.metrics(tmp_path / "run")[1].keys()
 
 
@@ -191,12 +193,12 @@ def test_a_reward_that_fails_later_stops_the_run(tmp_path: Path):
 def test_image_statistics():
     flat = image_statistics(torch.full((2, 1, 4, 4), 0.25))
     assert flat["brightness"] == 0.25
-    assert flat["contrast"] == flat["edge_density"] == flat["saturated"] == 0
+    assert flat["contrast"] == flat["edge_density"] == flat["clipped"] == 0
     assert flat["entropy"] == pytest.approx(0, abs=1e-6)
     stripes = torch.zeros(2, 1, 4, 4)
     stripes[..., ::2] = 1
     values = image_statistics(stripes)
-    assert values["saturated"] == 1
+    assert values["clipped"] == 1
     assert values["edge_density"] == 0.5  # every step to the right, none downwards
     assert values["entropy"] == pytest.approx(1)
     assert values["contrast"] == pytest.approx(float(np.std([0, 1] * 8, ddof=1)))
@@ -209,7 +211,7 @@ def test_bf16_recomputes_the_log_probability_exactly():
     g = torch.Generator().manual_seed(0)
     z, exploration = torch.randn(2, 4, 16, 4, generator=g)
     orders = torch.stack([torch.randperm(16, generator=g) for _ in range(2)]).repeat_interleave(2, dim=0)
-    batch = Batch(torch.tensor([1, 1, 2, 2]), [""] * 4, orders, z, torch.full((4, 1), 1.5), exploration)
+    batch = Batch(torch.tensor([1, 1, 2, 2]), [""] * 4, orders, z, torch.full((4, 1), 1.5), exploration, frozenset(range(4)))
     rollout = algorithm.draw(batch)
     for k in range(4):
         with autocast(config, z.device):

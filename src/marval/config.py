@@ -93,15 +93,19 @@ class SamplingConfig:
     temperature: float = 1.0
     """Scale of the noise in the inner chain; for a student, of its input noise."""
     order: str = "random"
-    """Unmasking order: random, raster or centre-out."""
+    """Unmasking order: random, raster, centre-out or halton (evenly spread, for few AR steps)."""
+    refresh_every: int = 1
+    """AR steps from one full pass of the backbone to the next; in between, only new and next tokens are computed,
+    against cached keys and values: faster, not exact (marval.models.cached). 1 is exact."""
 
     def __post_init__(self) -> None:
         check(self.ar_steps >= 1, f"the number of AR steps must be at least 1, got {self.ar_steps}")
+        check(self.refresh_every >= 1, f"refresh_every must be at least 1, got {self.refresh_every}")
         check(self.head_steps >= 1, f"the number of denoising steps must be at least 1, got {self.head_steps}")
         finite = float("inf")
         check(0 <= self.guidance < finite, f"guidance must not be negative, got {self.guidance}; 1 is no guidance")
         check(0 <= self.temperature < finite, f"temperature must not be negative, got {self.temperature}")
-        known = ("random", "raster", "centre-out")
+        known = ("random", "raster", "centre-out", "halton")
         check(self.order in known, f"unknown order {self.order!r}: choose one of {', '.join(known)}")
         for name, known in (("solver", ("ancestral", "ddim")), ("guidance_schedule", ("constant", "linear"))):
             value = getattr(self, name)
@@ -151,7 +155,9 @@ class RunConfig:
         check(self.seed >= 0, f"seed must not be negative, got {self.seed}")
         choices = {
             "precision": ("auto", "float32", "bf16"), "classes": ("folders", "imagenet"),
-            "mask_ratios": ("training", "inference"), "trained": ("head", "all"), "algorithm": ("gradient", "group"),
+            "mask_ratios": ("training", "inference"), "algorithm": ("gradient", "group"),
+            "trained": ("head", "all", "lora") if isinstance(self, RLConfig) else ("head", "all"),
+            "grad_ar_choice": ("last", "random"), "select": ("auto", "reward", "judge", "held-out", "fid"),
         }  # fmt: skip
         for name, known in choices.items():
             value = getattr(self, name, known[0])
@@ -287,18 +293,29 @@ class RLConfig(RunConfig):
     classifier: str = ""
     """Folder of the classifier that the built-in rewards use (marval train-classifier)."""
     judge: str = ""
-    """Folder of another classifier, never trained on: its log-probability of the asked class is the held-out score
-    that picks the best model and stops the run. Without it the held-out score is the reward on held-out seeds."""
+    """Folder of another classifier, never trained on: its accuracy and log-probability of the class are watched."""
+    held_out: str = ""
+    """Rewards to watch and not to train on, comma-separated, each as `reward`."""
+    features: str = ""
+    """Network of FID, KID, precision and recall, as marval evaluate takes it; if left out, the judge, or else the
+    classifier; without any, they are not measured."""
+    reference: str = ""
+    """What these compare with: `digits`, a folder of images or an .npz, as marval evaluate takes it; if left out,
+    images of the starting student on other seeds."""
     prompt: str = "a high-quality and harmonious picture of {class}"
     """Prompt of each image; {class} is replaced by the class name."""
     algorithm: Literal["gradient", "group"] = "gradient"
     """Backpropagate a differentiable reward through the rollout, or group-relative policy gradient for a black box."""
-    trained: Literal["head", "all"] = "head"
-    """Train the head, or everything."""
+    trained: Literal["head", "all", "lora"] = "head"
+    """Train the head, everything, or low-rank adapters of everything, merged into the weights that are saved."""
+    lora_rank: int = 8
+    """Rank of the adapters (trained lora)."""
     ar_steps: int = 8
     """AR steps K of a rollout."""
     grad_ar_steps: int = 0
-    """Backpropagate only the last n AR steps; 0 for all."""
+    """Only the tokens of so many AR steps carry gradients; 0 for all."""
+    grad_ar_choice: Literal["last", "random"] = "last"
+    """Which: the last ones, or others at random in each update."""
     checkpoint_ar_steps: bool = True
     """Store only the tokens of each AR step and recompute the rest in the backward pass."""
     group_size: int = 8
@@ -310,27 +327,50 @@ class RLConfig(RunConfig):
     inner_updates: int = 1
     """Updates per batch of rollouts (algorithm group)."""
     kl: float = 0.0
-    """Weight of the KL divergence to the starting student (algorithm group)."""
+    """Weight of the KL divergence to the starting student, both as Gaussians of standard deviation `std`."""
     anchor: float = 1.0
     """Weight of the GSIM term towards the teacher; 0 switches it and its auxiliary off."""
+    anchor_final: float | None = None
+    """The weight at the last update, linearly from `anchor`; None for a constant one."""
     hinge: float | None = None
-    """Rewards above this value earn nothing more (algorithm gradient)."""
+    """Rewards above this value earn nothing more."""
+    target: float | None = None
+    """Stop when the reward on held-out seeds has reached this value."""
+    select: Literal["auto", "reward", "judge", "held-out", "fid"] = "auto"
+    """The score on held-out seeds that picks the best model and that `patience` watches: the reward, the judge's
+    log-probability, the first of `held_out`, or FID. auto: the judge, else `held_out`, else the reward."""
     patience: int = 3
-    """Stop after this many evaluations without a better held-out score; 0 for never."""
+    """Stop after this many evaluations without a better score, or of a collapsed model; 0 for never."""
     eval_every: int = 20
     """Updates between held-out evaluations."""
     eval_images: int = 500
     """Images of a held-out evaluation."""
+    range_seeds: int = 4
+    """Sets of `eval_images` images of the starting student that give the range of every held-out number."""
+    range_width: float = 3.0
+    """A held-out number raises an alarm if it is further from the starting student's mean than this many spreads."""
+    collapse: int = 5
+    """A model with so many alarms at once counts as collapsed: never the best; 0 for never."""
     gsim: GSIMConfig = GSIMConfig(lr=1e-4, auxiliary_lr=2e-4)
     """The anchor's objective, and the learning rates of student and auxiliary."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check(self.anchor >= 0 and self.kl >= 0, f"anchor and kl must not be negative: {self.anchor} {self.kl}")
+        if self.anchor_final is not None:
+            check(self.anchor_final >= 0, f"anchor_final must not be negative, got {self.anchor_final}")
+            check(self.anchor > 0, f"anchor_final {self.anchor_final} needs an anchor above 0 to start from")
         check(self.std > 0, f"std must be positive, got {self.std}")
         for name in ("ar_steps", "eval_images", "eval_every"):
             check(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
         check(self.patience >= 0, f"patience must not be negative, got {self.patience}")
+        check(self.lora_rank >= 1, f"lora_rank must be at least 1, got {self.lora_rank}")
+        check(self.range_seeds >= 2, f"range_seeds must be at least 2, got {self.range_seeds}")
+        check(self.range_width > 0, f"range_width must be positive, got {self.range_width}")
+        check(self.collapse >= 0, f"collapse must not be negative, got {self.collapse}")
+        needs = {"judge": self.judge, "held-out": self.held_out, "fid": self.features or self.judge or self.classifier}
+        flag = {"fid": "features", "held-out": "held-out"}.get(self.select, self.select)
+        check(bool(needs.get(self.select, True)), f"select {self.select} needs --{flag}")
         check(self.clip > 0, f"clip must be positive, got {self.clip}")
         check(self.inner_updates >= 1, f"inner_updates must be at least 1, got {self.inner_updates}")
         check(0 <= self.grad_ar_steps <= self.ar_steps, f"grad_ar_steps {self.grad_ar_steps} must be in [0, ar_steps]")
@@ -340,6 +380,11 @@ class RLConfig(RunConfig):
                 self.batch % self.group_size == 0,
                 f"batch {self.batch} must be a multiple of group_size {self.group_size}",
             )
+
+    def anchor_at(self, step: int) -> float:
+        """The anchor's weight in update ``step``, counted from 0."""
+        final = self.anchor if self.anchor_final is None else self.anchor_final
+        return self.anchor + (final - self.anchor) * step / max(1, self.steps - 1)
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -398,7 +443,9 @@ class EvaluateConfig:
     temperature: float | None = None
     """Scale of the noise."""
     order: str | None = None
-    """random, raster or centre-out."""
+    """random, raster, centre-out or halton."""
+    refresh_every: int | None = None
+    """AR steps from one full pass of the backbone to the next; 1 is exact."""
     rewards: str = ""
     """Rewards to take the mean of, comma-separated: clip:FOLDER_OR_HUB, pickscore:FOLDER_OR_HUB, or
     path/to/file.py:function."""
@@ -427,6 +474,6 @@ class EvaluateConfig:
             "ar_steps": numbers(self.ar_steps, int, "ar_steps"),
             "head_steps": numbers(self.head_steps, int, "head_steps"),
         }
-        fixed = {name: getattr(self, name) for name in ("guidance_schedule", "solver", "temperature", "order")}
+        fixed = {name: getattr(self, name) for name in ("guidance_schedule", "solver", "temperature", "order", "refresh_every")}
         combinations = itertools.product(*(values or [None] for values in swept.values()))
         return [dict(zip(swept, values, strict=True)) | fixed for values in combinations]

@@ -5,9 +5,27 @@ N(g(z, c), std^2 I) around the student's token, so the log-probability of an ima
 """
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+
+def gradient_steps(
+    ar_steps: int, count: int, choice: Literal["last", "random"], generator: torch.Generator
+) -> frozenset[int]:
+    """The AR steps whose tokens carry gradients: all (``count`` 0), the last ones (DRaFT-K) or random ones.
+
+    The gradient of n steps is not scaled up to that of all.
+
+    Args:
+        generator: on the CPU, read only for random steps.
+    """
+    if count == 0:
+        return frozenset(range(ar_steps))
+    if choice == "random":
+        return frozenset(torch.randperm(ar_steps, generator=generator)[:count].tolist())
+    return frozenset(range(ar_steps - count, ar_steps))
 
 
 def hinge(rewards: Tensor, ceiling: float | None) -> Tensor:

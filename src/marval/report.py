@@ -38,7 +38,7 @@ PANELS = (  # folder, title, keys of metrics.jsonl, logarithmic (where every val
     ("student", "tokens", ("token_mean", "token_std", "data_mean", "data_std"), False),
     ("aligned", "reward", ("reward", "reward_heldout"), False),
     ("aligned", "held-out accuracy", ("accuracy_heldout",), False),
-    ("aligned", "image statistics", ("brightness", "contrast", "edge_density", "saturated"), False),
+    ("aligned", "image statistics", ("brightness", "contrast", "edge_density", "clipped"), False),
 )
 SERIES = {f"#0{i}0e0{i}": f"var(--s{i})" for i in range(1, 5)}  # colours only SVG sees -> the page's, light or dark
 INK = "#0a0e0a"

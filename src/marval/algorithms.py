@@ -1,0 +1,171 @@
+"""The two algorithms of RL: the gradient of a differentiable reward through the rollout, and a group-relative policy
+gradient for any black box (mathematics in marval.policy). An action is a whole image after all K AR steps."""
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from marval import masking, policy
+from marval.config import RLConfig
+from marval.models.mar import MAR
+from marval.pipeline import Pipeline
+from marval.rewards import Reward, score
+from marval.run import Update, autocast
+from marval.sampling import gather_tokens, last, student_tokens, unmask
+
+
+@dataclass
+class Batch:
+    """What a batch of rollouts starts from."""
+
+    labels: Tensor
+    """(B,) classes."""
+    prompts: list[str]
+    """One per image."""
+    orders: Tensor
+    """(B, L) in the order of being revealed."""
+    z: Tensor
+    """(B, L, D) the student's noise."""
+    w: Tensor
+    """(B, 1) guidance scales, read by a student that takes them."""
+    exploration: Tensor
+    """(B, L, D) the policy's noise."""
+    grad_steps: frozenset[int]
+    """The AR steps whose tokens carry gradients."""
+
+    def __getitem__(self, rows: slice) -> "Batch":
+        names = ("labels", "prompts", "orders", "z", "w", "exploration")
+        return dataclasses.replace(self, **{name: getattr(self, name)[rows] for name in names})
+
+
+@dataclass
+class Rollout:
+    """A batch, what the policy drew, and how it was scored; all without gradients."""
+
+    batch: Batch
+    images: Tensor
+    """(B, C, H, W) in [0, 1]."""
+    tokens: Tensor
+    """(B, L, D) of the images."""
+    rewards: Tensor
+    """(B,)"""
+    actions: Tensor
+    """(B, L, D) tokens before clamping (algorithm group)."""
+    log_prob: Tensor | None = None
+    """(B, L) of the actions when they were drawn (algorithm group)."""
+
+
+class Algorithm:
+    """What both have in common: the policy N(g(z, c), std^2 I) around each token of the student."""
+
+    def __init__(self, model: Pipeline, reward: Reward, config: RLConfig, reference: MAR):
+        self.model, self.reward, self.config, self.reference = model, reward, config, reference
+        self.counts = masking.masked_counts(model.network.config.num_tokens, config.ar_steps)
+
+    def bound(self, tokens: Tensor) -> Tensor:
+        """Actions as backbone and decoder see them: clamped where the token range is known."""
+        limits = self.model.tokenizer.token_range
+        return tokens if limits is None else tokens.clamp(*limits)
+
+    def mean(self, network: MAR, batch: Batch, actions: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Positions drawn in AR step k, (B, n), and their means (B, n, D), given the actions before it."""
+        assert self.model.student is not None
+        length, masked, masked_after = batch.orders.shape[1], *self.counts[k : k + 2]
+        visible = batch.orders[:, : length - masked].sort(dim=1).values
+        target = batch.orders[:, length - masked : length - masked_after]
+        z, t_init = gather_tokens(batch.z, target), self.model.student.t_init
+        condition = gather_tokens(network.condition(self.bound(actions), visible, batch.labels), target)
+        return target, student_tokens(network.head, self.model.schedule, t_init, condition, z, batch.w)
+
+    def kl(self, rollout: Rollout, k: int, mean: Tensor) -> Tensor:
+        """Divergence of AR step k's policy from the starting student's, summed over tokens and images."""
+        with torch.no_grad():
+            _, reference = self.mean(self.reference, rollout.batch, rollout.actions, k)
+        return policy.gaussian_kl(mean, reference, self.config.std).sum()
+
+    def step_loss(self, rollout: Rollout, k: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """AR step k's share of a mean loss per token, and what to watch."""
+        raise NotImplementedError
+
+    def steps(self, rollout: Rollout, update: Update, weight: float, last: bool) -> dict[str, Tensor]:
+        """Add up the gradient of `step_loss`, one AR step at a time: memory does not grow with K."""
+        watched: dict[str, Tensor] = {}
+        chosen = sorted(rollout.batch.grad_steps)
+        for k in chosen:
+            _, values = update.backward(self.step_loss, rollout, k, weight=weight, last=last and k == chosen[-1])
+            for name, value in values.items():
+                watched[name] = watched.get(name, torch.zeros_like(value)) + value
+        return watched
+
+
+class RewardGradient(Algorithm):
+    """Algorithm "gradient": minimise -min(R, hinge), backpropagated through AR steps of the rollout."""
+
+    def loss(self, batch: Batch) -> tuple[Tensor, Rollout]:
+        """Roll out whole images; the loss keeps the graph."""
+        steps = unmask(
+            self.model.network, self.model.draw(self.model.sampling), batch.labels, batch.orders, self.counts, batch.z,
+            guidance=batch.w, grad_ar_steps=batch.grad_steps, checkpoint_ar_steps=self.config.checkpoint_ar_steps,
+        )  # fmt: skip
+        tokens = last(steps)
+        with torch.autocast(batch.z.device.type, enabled=False):
+            images = self.model.tokenizer.decode(tokens.float())
+            rewards = score(self.reward, images, batch.prompts)
+        rollout = Rollout(batch, images.detach(), tokens.detach(), rewards.detach(), tokens.detach())
+        return policy.reward_loss(rewards, self.config.hinge).mean(), rollout
+
+    def rollout(self, batch: Batch, update: Update, weight: float, last: bool) -> Rollout:
+        """Roll out and backpropagate at once, so that the graph of one part at a time is in memory."""
+        return update.backward(self.loss, batch, weight=weight, last=last and self.config.kl == 0)[1]
+
+    def step_loss(self, rollout: Rollout, k: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """The divergence's; the tokens that step k sees are constant."""
+        _, mean = self.mean(self.model.network, rollout.batch, rollout.actions, k)
+        kl = self.kl(rollout, k, mean) / rollout.tokens[..., 0].numel()
+        return self.config.kl * kl, {"kl": kl.detach()}
+
+    def backward(self, rollout: Rollout, update: Update, weight: float, last: bool) -> dict[str, Tensor]:
+        """The reward's gradient was added up in `rollout`; the divergence's is missing."""
+        return self.steps(rollout, update, weight, last) if self.config.kl > 0 else {}
+
+
+class GroupGradient(Algorithm):
+    """Algorithm "group": clipped policy gradient with advantages normalised within groups of one class and order."""
+
+    def rollout(self, batch: Batch, update: Update, weight: float, last: bool) -> Rollout:
+        """Only `draw`: the gradients come later, from `backward`."""
+        return self.draw(batch)
+
+    @torch.no_grad()
+    def draw(self, batch: Batch) -> Rollout:
+        """Draw the actions, and score the images that they make."""
+        actions, log_prob = torch.zeros_like(batch.z), batch.z.new_zeros(batch.z.shape[:2])
+        for k in range(self.config.ar_steps):
+            with autocast(self.config, batch.z.device):
+                target, mean = self.mean(self.model.network, batch, actions, k)
+            action = mean + self.config.std * gather_tokens(batch.exploration, target)
+            actions.scatter_(1, target[..., None].expand_as(action), action)
+            log_prob.scatter_(1, target, policy.gaussian_log_prob(action, mean, self.config.std))
+        tokens = self.bound(actions)
+        images = self.model.tokenizer.decode(tokens)
+        return Rollout(batch, images, tokens, score(self.reward, images, batch.prompts), actions, log_prob)
+
+    def step_loss(self, rollout: Rollout, k: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """The clipped surrogate's, and the divergence's."""
+        assert rollout.log_prob is not None
+        target, mean = self.mean(self.model.network, rollout.batch, rollout.actions, k)
+        log_prob = policy.gaussian_log_prob(gather_tokens(rollout.actions, target), mean, self.config.std)
+        advantages = policy.group_advantages(policy.hinge(rollout.rewards, self.config.hinge), self.config.group_size)
+        old = rollout.log_prob.gather(1, target)
+        count = rollout.log_prob.numel()
+        loss = policy.clipped_policy_loss(log_prob, old, advantages, self.config.clip).sum() / count
+        if self.config.kl == 0:
+            return loss, {}
+        kl = self.kl(rollout, k, mean) / count
+        return loss + self.config.kl * kl, {"kl": kl.detach()}
+
+    def backward(self, rollout: Rollout, update: Update, weight: float, last: bool) -> dict[str, Tensor]:
+        """Add up the gradient, one AR step at a time."""
+        return self.steps(rollout, update, weight, last)

@@ -1,0 +1,236 @@
+"""Was the reward hacked? Numbers of a model on fixed seeds and prompts, beside the range of the starting student.
+
+Watched are the trained reward, rewards and a judge that are not trained on, FID, KID, precision and recall, and
+statistics of the images, where hacking shows first. One that leaves its range raises an alarm; a model with many at
+once has collapsed.
+"""
+
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from marval.config import RLConfig
+from marval.distributed import World
+from marval.features import FeatureNetwork, load_features
+from marval.metrics import Statistics, frechet_distance, kernel_distance, precision_recall
+from marval.models.classifier import Classifier
+from marval.pipeline import Pipeline
+from marval.reference import Reference, load_reference
+from marval.rewards import Reward, class_prompts, load_reward, score
+from marval.rng import generator
+from marval.tokenizers import to_float
+
+HELD_OUT_SEED = 1_000_003
+"""Added to the run's seed for held-out evaluations, whose images are neither trained on nor reported."""
+NEIGHBOURS = 3
+SHARES = ("brightness", "contrast", "saturation", "edge_density", "clipped")
+"""Image statistics that lie in [0, 1]."""
+Ranges = dict[str, list[float]]
+"""Mean and spread of each number, by its name."""
+
+
+def per_image(images: Tensor) -> dict[str, Tensor]:
+    """What `summary` needs of float NCHW images in [0, 1]: a row for each."""
+    count, channels = images.shape[:2]
+    levels = 16 if channels == 1 else 4
+    colour = torch.zeros_like(images[:, 0], dtype=torch.long)
+    for plane in (images * levels).long().clamp(max=levels - 1).unbind(1):
+        colour = colour * levels + plane
+    histogram = torch.zeros(count, levels**channels, device=images.device)
+    ones = torch.ones_like(colour, dtype=torch.float32).flatten(1)
+    pixels = colour.flatten(1)
+    edges = images.diff(dim=2).abs().mean((1, 2, 3)) + images.diff(dim=3).abs().mean((1, 2, 3))
+    return {
+        "brightness": images.mean((1, 2, 3)),
+        "contrast": images.flatten(1).std(1),
+        "saturation": (images.amax(1) - images.amin(1)).mean((1, 2)),
+        "edge_density": edges / 2,
+        "clipped": ((images < 0.002) | (images > 0.998)).float().mean((1, 2, 3)),
+        "colours": histogram.scatter_add(1, pixels, ones) / pixels.shape[1],
+    }
+
+
+def summary(rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Means of `per_image`, and the entropy of all their colours together."""
+    means = {name: value.mean(0) for name, value in rows.items()}
+    colours = means.pop("colours")
+    return means | {"entropy": -(colours * colours.clamp(min=1e-12).log2()).sum()}
+
+
+def image_statistics(images: Tensor) -> dict[str, Tensor]:
+    """Where reward hacking shows first: float NCHW in [0, 1] -> scalars.
+
+    ``brightness`` (mean), ``contrast`` (standard deviation within an image), ``saturation`` (largest channel minus
+    smallest; 0 for grey images), ``edge_density`` (mean absolute difference of neighbours), ``clipped`` (share of
+    values at 0 or 1), ``entropy`` (bits, of the colours in 4 levels per channel, grey in 16).
+    """
+    return summary(per_image(images))
+
+
+def short_name(spec: str) -> str:
+    """pickscore:yuvalkirstain/PickScore_v1 -> pickscore, rewards.py:ink -> ink."""
+    head, _, tail = spec.partition(":")
+    return spec.rpartition(":")[2] if ".py:" in spec else head or tail
+
+
+@dataclass(frozen=True)
+class Monitor:
+    """Looks at models on fixed seeds and prompts."""
+
+    config: RLConfig
+    world: World
+    prompts: list[str]
+    """One per class."""
+    rewards: dict[str, Reward]
+    """``reward``, the trained one, then held-out ones by short name."""
+    judge: Classifier | None
+    network: FeatureNetwork | None
+    """Of FID and its kind; None leaves them out."""
+    reference: Reference | None
+
+    @classmethod
+    def make(cls, config: RLConfig, student: Pipeline, reward: Reward, world: World) -> "Monitor":
+        """Load what the config names.
+
+        Raises:
+            ValueError: a reward, a network or a reference that does not exist or does not suit the images.
+        """
+        prompts = class_prompts(config.prompt, student.class_names)
+        rewards = {"reward": reward}
+        for spec in filter(None, (part.strip() for part in config.held_out.split(","))):
+            name = short_name(spec)
+            rewards[spec if name in (*rewards, "judge", "accuracy") else name] = load_reward(
+                spec, classifier=config.classifier, class_names=student.class_names, template=config.prompt,
+                device=world.device,
+            )  # fmt: skip
+        judge = Classifier.load(config.judge, world.device).requires_grad_(False) if config.judge else None
+        spec, network, reference = config.features or config.judge or config.classifier, None, None
+        if spec:
+            network = load_features(spec, world.device) if world.is_main else None
+            world.barrier()  # the first process may have had to download it
+            network = network or load_features(spec, world.device)
+            if config.reference:
+                sizes = student.tokenizer.image_size, student.tokenizer.image_channels
+                reference = load_reference(config.reference, network, *sizes, world)
+        monitor = cls(config, world, prompts, rewards, judge, network, reference)
+        if network is None or reference is not None:
+            return monitor
+        features = monitor.rows(student, config.range_seeds)["features"]
+        stats = Statistics(features.shape[1])
+        stats.add(features)
+        own = Reference("starting student", "its images", len(features), stats.moments(), None, features)
+        return cls(config, world, prompts, rewards, judge, network, own)
+
+    @torch.no_grad()
+    def rows(self, model: Pipeline, seed: int) -> dict[str, Tensor]:
+        """What is measured of each of `eval_images` images of all processes, classes in turn; (N, ...) on the CPU.
+
+        Args:
+            seed: which set of images, counted from 0.
+        """
+        config, world = self.config, self.world
+        share = -(-config.eval_images // world.size)  # surplus images keep the processes in step
+        first = world.rank * share
+        labels = (first + torch.arange(share, device=world.device)) % len(model.class_names)
+        batch = world.parts(config.batch, config.accumulate)[0].own.stop  # as many as an update decodes at once
+        base = config.seed + HELD_OUT_SEED * (1 + seed)
+        images = model.sample(labels.tolist(), seed=base, first_image=first, batch_size=batch)
+        parts: list[dict[str, Tensor]] = []
+        for start in range(0, share, batch):
+            some, asked = images[start : start + batch], labels[start : start + batch]
+            x = to_float(torch.from_numpy(some)).to(world.device)
+            prompts = [self.prompts[label] for label in asked.tolist()]
+            row = {name: score(reward, x, prompts) for name, reward in self.rewards.items()}
+            if self.judge is not None:
+                log_prob = self.judge(x).log_softmax(1)
+                row["accuracy"] = (log_prob.argmax(1) == asked).float()
+                row["judge"] = log_prob.gather(1, asked[:, None])[:, 0]
+            if self.network is not None:
+                row["features"] = self.network(np.ascontiguousarray(some)).pooled.to(world.device)
+            parts.append(row | per_image(x))
+        whole = {name: world.gather_rows(torch.cat([part[name] for part in parts])) for name in parts[0]}
+        return {name: value[: config.eval_images].cpu() for name, value in whole.items()}
+
+    def look(self, model: Pipeline, seed: int = 0) -> dict[str, float]:
+        """Every held-out number of the model on one set of images; the same on all processes."""
+        rows = self.rows(model, seed)
+        features = rows.pop("features", None)
+        numbers = {f"{name}_heldout": value for name, value in summary(rows).items()}
+        values = self.world.means(numbers)
+        if features is not None and self.reference is not None:
+            values |= self.distances(features, self.reference)
+        return values
+
+    def distances(self, features: Tensor, reference: Reference) -> dict[str, float]:
+        """FID, KID, precision and recall of features (N, F)."""
+        stats = Statistics(features.shape[1])
+        stats.add(features)
+        values = {"fid": frechet_distance(reference.moments, stats.moments())}
+        real = reference.features
+        if real is not None and min(len(real), len(features)) > NEIGHBOURS:
+            subsets = 1 if max(len(real), len(features)) <= 1000 else 10
+            key = generator(self.config.seed, 0x41D)
+            values["kid"] = kernel_distance(features, real, key, subsets)[0]
+            values["precision"], values["recall"] = precision_recall(features, real, NEIGHBOURS)
+        return {f"{name}_heldout": value for name, value in values.items()}
+
+    def ranges(self, student: Pipeline, first: Mapping[str, float]) -> Ranges:
+        """Mean and spread of every number over `range_seeds` sets of images of the starting student.
+
+        Spread: standard deviation over the sets, at least 2 % of the mean, and 0.001 where values are shares.
+
+        Args:
+            first: `look` of the first set.
+        """
+        looks = [first, *(self.look(student, seed) for seed in range(1, self.config.range_seeds))]
+        found = {}
+        for name in first:
+            values = [look[name] for look in looks]
+            mean = statistics.fmean(values)
+            least = 0.001 if name.removesuffix("_heldout") in SHARES else 1e-6
+            found[name] = [mean, max(statistics.stdev(values), 0.02 * abs(mean), least)]
+        return found
+
+    def alarms(self, values: Mapping[str, float], ranges: Ranges) -> dict[str, float]:
+        """The numbers that left their range, by how many spreads; the better side of one that has any is no alarm."""
+        found = {}
+        for name, value in values.items():
+            mean, spread = ranges[name]
+            distance = (value - mean) / spread
+            kind = name.removesuffix("_heldout")
+            worse = distance if kind in ("fid", "kid") else -distance
+            if kind in (*SHARES, "entropy"):
+                worse = abs(distance)
+            if worse > self.config.range_width:
+                found[name] = distance
+        return found
+
+    def limits(self, name: str, ranges: Ranges) -> tuple[float, float]:
+        """Both ends of a number's range."""
+        mean, spread = ranges[name]
+        return mean - self.config.range_width * spread, mean + self.config.range_width * spread
+
+    def stated(self, ranges: Ranges) -> dict[str, float]:
+        """All ranges, for the log."""
+        ends = ((name, self.limits(name, ranges)) for name in ranges)
+        return {f"{name}_{end}": value for name, pair in ends for end, value in zip(("low", "high"), pair, strict=True)}
+
+    def line(self, step: int, name: str, value: float, ranges: Ranges) -> str:
+        """An alarm as people read it."""
+        low, high = self.limits(name, ranges)
+        where = f"{self.config.range_width:g} spreads over {self.config.range_seeds} seeds of the starting student"
+        return f"ALARM update {step}: {name} {value:.4g} is outside {low:.4g} .. {high:.4g} ({where})"
+
+    def score(self, values: Mapping[str, float]) -> float:
+        """What the best model has most of (`RLConfig.select`)."""
+        held_out = list(self.rewards)[1:]
+        select = self.config.select
+        if select == "auto":
+            select = "judge" if self.judge is not None else "held-out" if held_out else "reward"
+        if select == "fid":
+            return -values["fid_heldout"]
+        return values[f"{held_out[0] if select == 'held-out' else select}_heldout"]
