@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from marval.models.clip import Clip
 from marval.rewards import check_reward, load_reward
@@ -104,7 +104,9 @@ def test_rewards_have_their_units(folder: Path):
     torch.testing.assert_close(check_reward(clip, x, PROMPTS), 100 * cosines, atol=1e-3, rtol=0)
     scale = float(np.exp(2.6592))  # transformers' initial logit_scale
     torch.testing.assert_close(check_reward(pick, x, PROMPTS), scale * cosines, atol=1e-3, rtol=0)
-    for spec in ("clip:", "pickscore:"):
+    hps = load_reward(f"hps:{folder}", **names)
+    torch.testing.assert_close(check_reward(hps, x, PROMPTS), 100 * cosines, atol=1e-3, rtol=0)
+    for spec in ("clip:", "pickscore:", "hps:", "imagereward:", "aesthetic:", "brisque:"):
         with pytest.raises(ValueError, match=f"reward '{spec}' needs a model"):
             load_reward(spec, **names)
 
@@ -184,3 +186,133 @@ def test_what_is_not_a_whole_clip_is_refused(folder: Path, tmp_path: Path, capfd
         "text_model.embeddings.position_ids": torch.arange(40)[None]}))  # fmt: skip
     Clip.load(harmless, "cpu")
     assert capfd.readouterr() == ("", "")  # no reports, no bars: what is wrong is in the error
+
+
+class OpenClip(nn.Module):
+    """A CLIP as open_clip builds and names it, the sizes of the fixture; its ViT-H/14 has GELU."""
+
+    def __init__(self):
+        super().__init__()
+
+        def transformer() -> nn.ModuleDict:
+            blocks = []
+            for _ in range(2):
+                mlp = nn.ModuleDict({"c_fc": nn.Linear(32, 64), "c_proj": nn.Linear(64, 32)})
+                attention = nn.MultiheadAttention(32, 4, batch_first=True)
+                blocks.append(
+                    nn.ModuleDict({"ln_1": nn.LayerNorm(32), "attn": attention, "ln_2": nn.LayerNorm(32), "mlp": mlp})
+                )
+            return nn.ModuleDict({"resblocks": nn.ModuleList(blocks)})
+
+        self.visual = nn.Module()
+        self.visual.conv1 = nn.Conv2d(3, 32, 6, 6, bias=False)
+        self.visual.class_embedding = nn.Parameter(torch.zeros(32))
+        self.visual.positional_embedding = nn.Parameter(torch.zeros(26, 32))
+        self.visual.ln_pre, self.visual.ln_post = nn.LayerNorm(32), nn.LayerNorm(32)
+        self.visual.transformer, self.visual.proj = transformer(), nn.Parameter(torch.zeros(32, 16))
+        self.transformer = transformer()
+        self.token_embedding, self.ln_final = nn.Embedding(520, 32), nn.LayerNorm(32)
+        self.positional_embedding = nn.Parameter(torch.zeros(40, 32))
+        self.text_projection = nn.Parameter(torch.zeros(32, 16))
+        self.logit_scale = nn.Parameter(torch.tensor(4.6))
+        generator = torch.Generator().manual_seed(0)
+        for parameter in self.parameters():
+            parameter.data += torch.randn(parameter.shape, generator=generator) * 0.2
+
+    @staticmethod
+    def run(transformer: Any, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        for block in transformer["resblocks"]:
+            h = block["ln_1"](x)
+            x = x + block["attn"](h, h, h, need_weights=False, attn_mask=mask)[0]
+            x = x + block["mlp"]["c_proj"](nn.functional.gelu(block["mlp"]["c_fc"](block["ln_2"](x))))
+        return x
+
+    @torch.no_grad()
+    def cosine(self, pixels: Tensor, tokens: Tensor) -> Tensor:
+        v: Any = self.visual
+        x = v.conv1(pixels).flatten(2).transpose(1, 2)
+        x = torch.cat([v.class_embedding.expand(len(x), 1, -1), x], 1) + v.positional_embedding
+        images = v.ln_post(self.run(v.transformer, v.ln_pre(x))[:, 0]) @ v.proj
+        length = tokens.shape[1]
+        mask = torch.full((length, length), float("-inf")).triu(1)
+        x = self.token_embedding(tokens) + self.positional_embedding[:length]
+        x = self.ln_final(self.run(self.transformer, x, mask))
+        texts = x[torch.arange(len(x)), tokens.argmax(-1)] @ self.text_projection
+        return nn.functional.cosine_similarity(images, texts)
+
+
+def test_weights_of_open_clip(folder: Path, tmp_path: Path):
+    """`hps:` of a file in open_clip's layout, half precision as HPS_v2.1_compressed.pt, beside the other files."""
+
+    def gelu(config: dict[str, Any]) -> None:
+        config["text_config"]["hidden_act"] = config["vision_config"]["hidden_act"] = "gelu"
+
+    out = Path(edited(folder, tmp_path / "hps", "config.json", gelu))
+    (out / "model.safetensors").unlink()
+    model = OpenClip().half()
+    state = model.state_dict()
+    names = {"class_names": ["cat", "dog"], "template": "a {class}", "classifier": "", "device": "cpu"}
+    torch.save({"state_dict": state | {"attn_mask": torch.zeros(2, 2)}, "epoch": 1}, out / "HPS_v2.1_compressed.pt")
+    torch.save({f"module.{name}": value for name, value in state.items()}, out / "flat.pt")
+    save_file(state, out / "open_clip.safetensors")
+    images = pictures(SIZE, SIZE)
+    pixels, _ = reference(folder, images)
+    tokens = transformers.AutoTokenizer.from_pretrained(folder)(PROMPTS, padding=True, return_tensors="pt")
+    expected = 100 * model.float().cosine(pixels, tokens["input_ids"])
+    assert expected.std() > 5
+    for file in ("HPS_v2.1_compressed.pt", "flat.pt", "open_clip.safetensors"):
+        reward = load_reward(f"hps:{out / file}", **names)
+        found = check_reward(reward, to_float(torch.from_numpy(images)), PROMPTS)
+        torch.testing.assert_close(found, expected, atol=1e-3, rtol=0)
+    bad = out / "bad.pt"
+    for change, message in (
+        (
+            lambda t: t.pop("visual.transformer.resblocks.1.attn.in_proj_weight"),
+            "no tensor vision_model.encoder.layers",
+        ),
+        (lambda t: t.update({"visual.head": torch.zeros(2)}), "an unknown tensor visual.head"),
+        (
+            lambda t: t.update({"ln_final.weight": torch.zeros(2)}),
+            "a wrong shape for tensor text_model.final_layer_norm",
+        ),
+    ):
+        tensors = dict(state)
+        change(tensors)
+        torch.save({"state_dict": tensors}, bad)
+        with pytest.raises(ValueError, match=message) as error:
+            load_reward(f"hps:{bad}", **names)
+        assert f"the weights of {bad} are not" in str(error.value)
+    bad.write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="is no file of torch"):
+        load_reward(f"hps:{bad}", **names)
+
+
+def test_aesthetic_score(folder: Path, tmp_path: Path):
+    names = {"class_names": ["cat", "dog"], "template": "a {class}", "classifier": "", "device": "cpu"}
+    images = pictures(SIZE, SIZE)
+    pixels, _ = reference(folder, images)
+    with torch.no_grad():
+        embedded = transformers.CLIPModel.from_pretrained(folder).get_image_features(pixels).pooler_output
+    embedded = embedded / embedded.norm(dim=-1, keepdim=True)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(1)
+        layers = nn.Sequential(
+            nn.Linear(16, 1024), nn.Dropout(0.2), nn.Linear(1024, 128), nn.Dropout(0.2), nn.Linear(128, 64),
+            nn.Dropout(0.1), nn.Linear(64, 16), nn.Linear(16, 1),
+        ).eval()  # fmt: skip
+        single = nn.Linear(16, 1)
+    mlp, linear = tmp_path / "sac+logos+ava1-l14-linearMSE.pth", tmp_path / "sa_0_4_vit_l_14_linear.pth"
+    torch.save(nn.ModuleDict({"layers": layers}).state_dict(), mlp)
+    torch.save(single.state_dict(), linear)
+    x = to_float(torch.from_numpy(images))
+    for file, head in ((mlp, layers), (linear, single)):
+        reward = load_reward(f"aesthetic:{folder}:{file}", **names)
+        torch.testing.assert_close(check_reward(reward, x, PROMPTS), head(embedded)[:, 0].detach(), atol=1e-5, rtol=0)
+        assert reward.differentiable
+    with pytest.raises(ValueError, match=r"needs a CLIP and a head: give aesthetic:CLIP:HEAD.pth"):
+        load_reward(f"aesthetic:{folder}", **names)
+    with pytest.raises(ValueError, match=r"nowhere.pth does not exist"):
+        load_reward(f"aesthetic:{folder}:nowhere.pth", **names)
+    torch.save(nn.Linear(768, 1).state_dict(), linear)
+    with pytest.raises(ValueError, match=r"has embeddings 16 wide, the head .* reads 768"):
+        load_reward(f"aesthetic:{folder}:{linear}", **names)

@@ -1,22 +1,29 @@
 """Rewards: values, gradients, a user's file, and what is refused."""
 
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from marval.data import load_dataset
+from marval.features import load_features
 from marval.models.classifier import Classifier, train_classifier
 from marval.rewards import (
     ClassifierLogProb,
     ReadsClass,
     Reward,
     UserReward,
+    Verifiable,
+    WeightedSum,
+    calibrate,
     check_reward,
     class_prompts,
     load_reward,
     prompt_for,
+    score,
 )
 from marval.tokenizers import to_float
 
@@ -116,7 +123,7 @@ def test_user_file(tmp_path: Path, images: Tensor):
         (f"{tmp_path}/nowhere.py:f", r"does not exist: give path/to/file.py:function"),
         (f"{tmp_path}/broken.py:f", r"fails on import: ModuleNotFoundError: No module named 'nothing_of_this_name'"),
         (f"{tmp_path}/notes.txt:f", r"its name must end in .py"),
-        ("beauty", r"unknown reward 'beauty': choose classifier, reads-class, clip:FOLDER,"),
+        ("beauty", r"unknown reward 'beauty': choose classifier, reads-class, pickscore:SOURCE,"),
     ):
         with pytest.raises(ValueError, match=message):
             load(spec)
@@ -128,7 +135,7 @@ def test_user_file(tmp_path: Path, images: Tensor):
         ([1.0, 2.0], "returned a list: it must return"),
         (torch.ones(2, 1), r"torch.float32 of shape \(2, 1\): it must return a floating-point tensor of shape \(2,\)"),
         (torch.ones(()), r"of shape \(\)"),
-        (torch.ones(2, dtype=torch.int64), "torch.int64 of shape"),
+        (torch.tensor([0, 2]), "torch.int64 of shape"),
         (torch.tensor([1.0, float("nan")]), r"reward of image 1 \('b'\) is nan"),
         (torch.tensor([float("-inf"), 1.0]), r"reward of image 0 \('a'\) is -inf"),
     ],
@@ -146,5 +153,165 @@ def test_check_reward_wants_the_gradient_it_is_promised():
         return images.detach().mean((1, 2, 3))
 
     reward.differentiable = True  # type: ignore[attr-defined]
-    with pytest.raises(ValueError, match="its result carries no gradient"):
+    with pytest.raises(ValueError, match="reward 'reward' calls itself differentiable but its result carries no grad"):
         check_reward(UserReward(reward), torch.rand(2, 1, 8, 8), ["a", "b"])
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda x: x.mean((1, 2, 3)) * 0 + 2, "its gradient is zero for all 4 trial images: it is 2 for all of them"),
+        (lambda x: (x.mean((1, 2, 3)) * 100).round(), "its gradient is zero for all 4 trial images$"),
+        (lambda x: (x.mean((1, 2, 3)) - x.mean((1, 2, 3))[2]).abs().sqrt(), "its gradient in image 2 .'c'. is not fin"),
+        (lambda x: torch.ones(4, requires_grad=True) * 2, "its result carries no gradient to the images"),
+    ],
+)
+def test_a_gradient_that_cannot_teach(function: Callable[[Tensor], Tensor], message: str):
+    def reward(images: Tensor, prompts: list[str]) -> Tensor:
+        return function(images)
+
+    reward.differentiable = True  # type: ignore[attr-defined]
+    images = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match=message):
+        check_reward(UserReward(reward), images, list("abcd"))
+
+
+def test_a_constant_black_box_is_warned_of(capsys: pytest.CaptureFixture[str]):
+    images = torch.rand(4, 1, 8, 8)
+    ones = check_reward(UserReward(lambda images, prompts: torch.ones(len(images))), images, list("abcd"))
+    assert ones.tolist() == [1.0] * 4
+    warning = "reward '<lambda>' is 1 for all 4 trial images: nothing is learned while it stays so"
+    assert capsys.readouterr().err == f"marval: warning: {warning}\n"
+    check_reward(UserReward(lambda images, prompts: images.mean((1, 2, 3))), images, list("abcd"))
+    check_reward(UserReward(lambda images, prompts: torch.ones(len(images))), images[:2], list("ab"))
+    assert capsys.readouterr().err == ""
+
+
+def test_a_reward_that_raises_names_the_image():
+    def picky(images: Tensor, prompts: list[str]) -> Tensor:
+        if "bad" in prompts:
+            raise KeyError("nothing known\nof this")
+        return images.mean((1, 2, 3))
+
+    def crowded(images: Tensor, prompts: list[str]) -> Tensor:
+        assert len(images) < 3, "too many"
+        return images.mean((1, 2, 3))
+
+    def full(images: Tensor, prompts: list[str]) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    x = torch.rand(3, 1, 8, 8)
+    for reward, message in (
+        (picky, r"reward 'picky' fails on image 1 \('bad'\): KeyError: .* \(test_rewards.py, line \d+\)$"),
+        (crowded, r"reward 'crowded' fails on the whole batch of 3, but on no image alone: AssertionError: too many"),
+    ):
+        with pytest.raises(ValueError, match=message) as error:
+            score(UserReward(reward), x, ["good", "bad", "bad"])
+        assert "\n" not in str(error.value)
+        with pytest.raises(ValueError, match=message):  # named once, also as a part
+            score(WeightedSum([UserReward(reward), UserReward(brightness)], [1, 1]), x, ["good", "bad", "bad"])
+    with pytest.raises(torch.OutOfMemoryError):
+        score(UserReward(full), x, ["a"] * 3)
+    with pytest.raises(ValueError, match="got 2 prompts for 3 images"):
+        score(UserReward(picky), x, ["a", "b"])
+
+
+def test_truths_become_numbers():
+    x = torch.rand(3, 1, 8, 8)
+    for truths in (torch.tensor([True, False, True]), torch.tensor([1, 0, 1]), torch.tensor([1, 0, 1]).byte()):
+        found = score(UserReward(lambda images, prompts, truths=truths: truths), x, ["a"] * 3)
+        assert found.dtype == torch.float32
+        assert found.tolist() == [1.0, 0.0, 1.0]
+    assert score(Verifiable(lambda images, prompts: [True, False, True]), x, ["a"] * 3).tolist() == [1.0, 0.0, 1.0]
+    with pytest.raises(ValueError, match=r"is 0.5 for image 1 \('b'\): a verifiable reward is 0 or 1"):
+        score(Verifiable(lambda images, prompts: torch.tensor([1, 0.5, 0])), x, list("abc"))
+    with pytest.raises(ValueError, match=r"of shape \(2,\): it must return"):
+        score(Verifiable(lambda images, prompts: [True, False]), x, list("abc"))
+
+
+def test_checks_of_a_users_file(tmp_path: Path):
+    file = tmp_path / "checks.py"
+    file.write_text(
+        "def read(images):\n    return [str(round(float(image.mean() * 10))) for image in images]\n\n"
+        "def bright(images, prompts):\n    return images.mean((1, 2, 3)) > 0.45\n"
+    )
+    x = torch.arange(10).view(10, 1, 1, 1).expand(-1, 1, 8, 8) / 10
+    match, bright = load(f"exact-match:{file}:read"), load(f"verifiable:{file}:bright")
+    assert not match.differentiable
+    assert score(match, x, PROMPTS).tolist() == [1.0] * 10
+    assert score(match, x, [PROMPTS[3]] * 10).tolist() == [float(i == 3) for i in range(10)]
+    assert score(bright, x, PROMPTS).tolist() == [0.0] * 5 + [1.0] * 5
+    with pytest.raises(ValueError, match=r"fails on image 0 \('a'\): ValueError: prompt 'a' belongs to no class"):
+        score(match, x[:1], ["a"])
+    with pytest.raises(ValueError, match="reward 'verifiable:' needs a model: give verifiable:FILE"):
+        load("verifiable:")
+
+
+def brightness(images: Tensor, prompts: list[str]) -> Tensor:
+    return images.mean((1, 2, 3))
+
+
+brightness.differentiable = True
+
+
+def test_weighted_sum(folder: Path, tmp_path: Path, images: Tensor):
+    file = tmp_path / "a + b*c.py"
+    file.write_text(
+        "def bright(images, prompts):\n    return 50 + 7 * images.mean((1, 2, 3))\nbright.differentiable = True\n"
+        "def bad(images, prompts):\n    return images.mean((1, 2, 3)) / 0\n"
+        "def same(images, prompts):\n    return images.mean((1, 2, 3)) * 0 + 3\n"
+    )
+    prompts = [PROMPTS[i % 10] for i in range(50)]
+    total = load(f"0.5*classifier + -2e-1*{file}:bright", folder)
+    assert isinstance(total, WeightedSum)
+    assert total.weights == [0.5, -0.2]
+    parts = [load("classifier", folder)(images, prompts), 50 + 7 * brightness(images, prompts)]
+    torch.testing.assert_close(total.parts(images, prompts), torch.stack(parts))
+    torch.testing.assert_close(check_reward(total, images, prompts), 0.5 * parts[0] - 0.2 * parts[1])
+    calibrated = calibrate(total, images, prompts)
+    scaled = [(part - part.mean()) / part.std(correction=0) for part in parts]
+    torch.testing.assert_close(check_reward(calibrated, images, prompts), 0.5 * scaled[0] - 0.2 * scaled[1])
+    assert not load(f"1*reads-class + 1*{file}:bright", folder).differentiable
+    single = load("reads-class", folder)
+    assert calibrate(single, images, prompts) is single
+    for spec, message in (
+        (f"1*classifier + 2*{file}:bad", r"reward '.*:bad': the reward of image 0 \('a picture of 0'\) is inf"),
+        (
+            f"1*classifier + 2*{file}:same",
+            "same' is 3 for all 50 images of the starting model: it cannot be normalised",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            calibrate(load(spec, folder), images.clamp(min=0.01), prompts)
+    for spec, message in (
+        (f"1*classifier + 2*{file}:blue", "has no function 'blue'"),
+        ("1*classifier + 2*beauty", "unknown reward 'beauty'"),
+        ("0*classifier + 1*reads-class", "must not be 0"),
+        ("0.5 * clip:", "reward 'clip:' needs a model: give clip:SOURCE"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load(spec, folder)
+
+
+@pytest.mark.parametrize("file", ["resnet20-12fca82f.th", "mobilenet_v2_dequant_fp16.npz"])
+def test_published_classifiers(file: str, shared: Path):
+    """The same logits as the feature network gives that `marval evaluate` uses, and a gradient."""
+    path = shared / "data" / "weights" / file
+    network = load_features(str(path))
+    assert network.class_names is not None
+    names = network.class_names[2:5]  # a model of some of its classes
+    for size in (32, 40):
+        x = np.random.default_rng(0).integers(0, 256, (3, size, size, 3), dtype=np.uint8)
+        logits = network(x).logits
+        assert logits is not None
+        images, prompts = to_float(torch.from_numpy(x)), [f"a {name}" for name in names]
+        found = {}
+        for spec in ("classifier", "reads-class"):
+            reward = load_reward(spec, classifier=str(path), class_names=names, template="a {class}", device="cpu")
+            found[spec] = check_reward(reward, images, prompts)
+        torch.testing.assert_close(found["classifier"], logits.log_softmax(1)[range(3), [2, 3, 4]])
+        assert torch.equal(found["reads-class"], (logits.argmax(1) == torch.tensor([2, 3, 4])).float())
+    with pytest.raises(ValueError, match=r"knows the classes .* but the model unicorn"):
+        load_reward("classifier", classifier=str(path), class_names=["unicorn"], template="", device="cpu")
+    with pytest.raises(ValueError, match=r"nowhere.th does not exist"):
+        load_reward("classifier", classifier="nowhere.th", class_names=["cat"], template="", device="cpu")

@@ -1,24 +1,57 @@
 """Rewards: callables on images (float NCHW in [0, 1]) and their prompts, giving one number per image, (B,)."""
 
 import importlib.util
+import math
+import re
 import sys
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from marval.models.classifier import Classifier
+from marval.models.blip import ImageReward
 from marval.models.clip import Clip
+from marval.models.quality import Brisque
+from marval.reward_models import (
+    Aesthetic,
+    BaseReward,
+    ClassifierLogProb,
+    ClipScore,
+    HpsScore,
+    ImageRewardScore,
+    PickScore,
+    Quality,
+    ReadsClass,
+    load_classifier,
+)
+
+KNOWN = (
+    "classifier, reads-class, pickscore:SOURCE, clip:SOURCE, hps:SOURCE, imagereward:SOURCE, aesthetic:CLIP:HEAD, "
+    "brisque:FOLDER, path/to/file.py:function, verifiable:FILE.py:function, exact-match:FILE.py:function, or a sum "
+    "such as '0.7*pickscore:SOURCE + 0.3*clip:SOURCE'"
+)
+"""Rewards by name, see `load_reward`."""
+_NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?"
+CHUNK = 32
+"""Images that a reward sees at a time while it is calibrated."""
 
 
 class Reward(Protocol):
-    """Higher is better. A differentiable reward carries gradients to the images."""
+    """Higher is better. A differentiable reward carries gradients to the images.
+
+    An attribute ``name``, where there is one, stands in error messages.
+    """
 
     differentiable: bool
 
     def __call__(self, images: Tensor, prompts: list[str]) -> Tensor: ...
+
+
+class RewardError(ValueError):
+    """What is wrong with a reward or with one of its values."""
 
 
 def prompt_for(template: str, class_name: str) -> str:
@@ -37,85 +70,111 @@ def class_prompts(template: str, class_names: Sequence[str]) -> list[str]:
     return [prompt_for(template, name) for name in class_names]
 
 
-class _ClassifierReward:
-    def __init__(self, classifier: Classifier, prompts_by_class: list[str]):
-        """Freezes the classifier. ``prompts_by_class``: one prompt per class, all different, else ValueError."""
-        if len(prompts_by_class) != classifier.config.num_classes:
-            raise ValueError(f"{len(prompts_by_class)} prompts for {classifier.config.num_classes} classes")
-        self.classifier = classifier.eval().requires_grad_(False)
-        self.classes = {prompt: index for index, prompt in enumerate(prompts_by_class)}
-        if len(self.classes) < len(prompts_by_class):
-            raise ValueError("two classes have the same prompt: give every class a name of its own")
-
-    def labels(self, prompts: list[str], device: torch.device) -> Tensor:
-        """Class index of each prompt, (B,)."""
-        if unknown := [prompt for prompt in prompts if prompt not in self.classes]:
-            raise ValueError(f"prompt {unknown[0]!r} belongs to no class of the classifier")
-        return torch.tensor([self.classes[prompt] for prompt in prompts], device=device)
-
-
-class ClassifierLogProb(_ClassifierReward):
-    """log p(asked class | image) under a classifier, at most 0."""
-
-    differentiable = True
-
-    def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
-        labels = self.labels(prompts, images.device)
-        return self.classifier(images).log_softmax(1).gather(1, labels[:, None])[:, 0]
-
-
-class ReadsClass(_ClassifierReward):
-    """1 if the classifier's most likely class is the asked one, else 0."""
-
-    differentiable = False
-
-    @torch.no_grad()
-    def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
-        return (self.classifier(images).argmax(1) == self.labels(prompts, images.device)).float()
-
-
-class ClipScore:
-    """100 times the cosine of image and prompt under a CLIP: the CLIP score, at most 100.
-
-    The unit of torchmetrics and of the papers whose CLIP scores are near 30, MARVAL's 29.33 among them; Hessel et al.
-    (arXiv 2104.08718) scale the same cosine by 2.5. They clamp at 0, where a reward would lose its gradient; ours does
-    not. A score means nothing without the name of the CLIP.
-    """
-
-    differentiable = True
-
-    def __init__(self, clip: Clip):
-        self.clip = clip
-
-    def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
-        return 100 * self.clip.cosine(images, prompts)
-
-
-class PickScore:
-    """exp(logit_scale) times the cosine of image and prompt under PickScore's CLIP-H (arXiv 2305.01569).
-
-    As its authors' code: for PickScore_v1 the scale is about 100, and scores are about 18 to 24. Some codes divide
-    by 100 or by 26 afterwards.
-    """
-
-    differentiable = True
-
-    def __init__(self, clip: Clip):
-        self.clip = clip
-
-    def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
-        return self.clip.logit_scale * self.clip.cosine(images, prompts)
-
-
-class UserReward:
+class UserReward(BaseReward):
     """A user's function (images, prompts) -> (B,); its attribute ``differentiable`` counts, default False."""
 
     def __init__(self, function: Callable[[Tensor, list[str]], Tensor]):
         self.function = function
         self.differentiable = bool(getattr(function, "differentiable", False))
+        self.name = getattr(function, "name", "") or getattr(function, "__name__", type(function).__name__)
 
     def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
         return self.function(images, prompts)
+
+
+class Verifiable(BaseReward):
+    """A user's check (images, prompts) -> (B,) truths: booleans or numbers 0 and 1, as a tensor or a list."""
+
+    differentiable = False
+
+    def __init__(self, function: Callable[[Tensor, list[str]], Any]):
+        self.function = function
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
+        values = torch.as_tensor(self.function(images, prompts), device=images.device)
+        if values.shape == (len(images),) and not (truth := (values == 0) | (values == 1)).all():
+            bad = int((~truth).nonzero()[0])
+            raise RewardError(
+                f"reward {self.name!r} is {values[bad].item()} for image {bad} ({prompts[bad]!r}): a verifiable "
+                "reward is 0 or 1"
+            )
+        return values.float()
+
+
+def exact_match(read: Callable[[Tensor], Sequence[str]], answers: Mapping[str, str]) -> Verifiable:
+    """1 where the text that ``read`` finds in an image is exactly the answer that its prompt asks for, else 0.
+
+    Args:
+        read: images float NCHW in [0, 1] -> B texts. answers: by prompt; of a prompt that is not there, ValueError.
+    """
+
+    def check(images: Tensor, prompts: list[str]) -> list[bool]:
+        if unknown := [prompt for prompt in prompts if prompt not in answers]:
+            raise ValueError(f"prompt {unknown[0]!r} belongs to no class")
+        texts = list(read(images))
+        return [text == answers[prompt] for text, prompt in zip(texts, prompts, strict=True)]
+
+    return Verifiable(check)
+
+
+class WeightedSum(BaseReward):
+    """sum_i weights_i (reward_i - means_i) / stds_i; differentiable if all its parts are.
+
+    Means 0 and deviations 1 leave the rewards as they are; `calibrate` measures them, so that the weights compare
+    rewards of different units.
+    """
+
+    def __init__(
+        self, rewards: Sequence[Reward], weights: Sequence[float], means: Sequence[float] = (),
+        stds: Sequence[float] = (),
+    ):  # fmt: skip
+        self.rewards, self.weights = list(rewards), list(weights)
+        self.means, self.stds = list(means) or [0.0] * len(self.rewards), list(stds) or [1.0] * len(self.rewards)
+        if not len(self.rewards) == len(self.weights) == len(self.means) == len(self.stds) or not self.rewards:
+            raise ValueError(f"{len(self.rewards)} rewards, {len(self.weights)} weights, {len(self.stds)} deviations")
+        if not all(math.isfinite(w) and w for w in self.weights) or not all(0 < s < math.inf for s in self.stds):
+            raise ValueError(f"weights {self.weights} must not be 0, deviations {self.stds} must be above 0")
+        self.differentiable = all(reward.differentiable for reward in self.rewards)
+        self.name = " + ".join(f"{w:g}*{name_of(r)}" for w, r in zip(self.weights, self.rewards, strict=True))
+
+    def parts(self, images: Tensor, prompts: list[str]) -> Tensor:
+        """Each reward as it is, (rewards, B)."""
+        return torch.stack([score(reward, images, prompts) for reward in self.rewards])
+
+    def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
+        values = self.parts(images, prompts)
+        weights, means, stds = (values.new_tensor(x)[:, None] for x in (self.weights, self.means, self.stds))
+        return (weights * (values - means) / stds).sum(0)
+
+
+@torch.no_grad()
+def calibrate(reward: Reward, images: Tensor, prompts: list[str]) -> Reward:
+    """A weighted sum whose parts have mean 0 and deviation 1 on these images; another reward is returned as it is.
+
+    Args:
+        images: of the starting student, many and of different classes; the same on every process.
+
+    Raises:
+        ValueError: as `score`, or a part is constant on these images, so that no deviation is known.
+    """
+    if not isinstance(reward, WeightedSum):
+        return reward
+    chunks = zip(images.split(CHUNK), (prompts[i : i + CHUNK] for i in range(0, len(images), CHUNK)), strict=True)
+    values = torch.cat([reward.parts(*chunk) for chunk in chunks], 1).double()
+    means, stds = values.mean(1), values.std(1, correction=0)
+    for part, mean, std in zip(reward.rewards, means.tolist(), stds.tolist(), strict=True):
+        if std <= 1e-6 * abs(mean):
+            raise RewardError(
+                f"reward {name_of(part)!r} is {mean:g} for all {len(images)} images of the starting model: it cannot "
+                "be normalised; leave it out of the sum, or change its scale"
+            )
+    return WeightedSum(reward.rewards, reward.weights, means.tolist(), stds.tolist())
+
+
+def name_of(reward: Reward) -> str:
+    """Its name, for messages."""
+    return getattr(reward, "name", "") or type(reward).__name__
 
 
 def _import_function(spec: str) -> Callable[..., Any]:
@@ -148,62 +207,158 @@ def load_reward(
 ) -> Reward:
     """A reward by name.
 
+    ``classifier``              `ClassifierLogProb`
+    ``reads-class``             `ReadsClass`
+    ``pickscore:SOURCE``        `PickScore`, ``clip:SOURCE`` `ClipScore`, ``hps:SOURCE`` `HpsScore`: see `Clip.load`
+    ``imagereward:SOURCE``      `ImageRewardScore`: see `ImageReward.load`
+    ``aesthetic:CLIP:HEAD``     `Aesthetic.load`; the file's name holds no colon
+    ``brisque:FOLDER``          `Quality`: see `Brisque.load`
+    ``FILE.py:function``        `UserReward`
+    ``verifiable:FILE.py:function``   `Verifiable`
+    ``exact-match:FILE.py:function``  `exact_match` of the texts that the function reads with the class names
+    ``W*REWARD + W*REWARD``     `WeightedSum`, not calibrated; a plus separates only with spaces around it and a weight
+                                with ``*`` after it, so that paths may contain one. A negative weight is a penalty.
+
     Args:
-        spec: ``classifier`` (`ClassifierLogProb`), ``reads-class`` (`ReadsClass`), ``clip:SOURCE`` (`ClipScore`) or
-            ``pickscore:SOURCE`` (`PickScore`) with a folder or a hub name, or ``path/to/file.py:function``.
-        classifier: folder of the classifier that the first two use.
+        classifier: of the first two: a folder of marval train-classifier, a CIFAR-10 ResNet (.th) or ImageNet's
+            MobileNetV2 (.npz), see `load_classifier`.
         class_names: of the model to be trained. template: of its prompts, with {class}.
 
     Raises:
-        ValueError: unknown name, no such file or function, a classifier of other classes, or no whole CLIP.
+        ValueError: unknown name, no such file or function, a classifier of other classes, or no whole model; names
+            the part of a sum.
     """
+    if re.match(rf"\s*{_NUMBER}\s*\*", spec):
+        parts = [part.split("*", 1) for part in re.split(rf"\s\+\s+(?={_NUMBER}\s*\*)", spec)]
+        rewards = [
+            load_reward(part.strip(), classifier=classifier, class_names=class_names, template=template, device=device)
+            for _, part in parts
+        ]
+        return WeightedSum(rewards, [float(weight) for weight, _ in parts])
+    try:
+        reward = _load_one(spec, classifier, class_names, template, device)
+    except ValueError as error:
+        raise ValueError(str(error) if spec in str(error) else f"reward {spec!r}: {error}") from error.__cause__
+    reward.name = spec
+    return reward
+
+
+def _load_one(
+    spec: str, classifier: str, class_names: Sequence[str], template: str, device: torch.device | str
+) -> BaseReward:
     prompts = class_prompts(template, class_names)
     kind, _, source = spec.partition(":")
-    if kind in ("clip", "pickscore"):
+    models: dict[str, Callable[[], BaseReward]] = {
+        "clip": lambda: ClipScore(Clip.load(source, device)),
+        "pickscore": lambda: PickScore(Clip.load(source, device)),
+        "hps": lambda: HpsScore(Clip.load(source, device)),
+        "imagereward": lambda: ImageRewardScore(ImageReward.load(source, device)),
+        "aesthetic": lambda: Aesthetic.load(source, device),
+        "brisque": lambda: Quality(Brisque.load(Path(source)).to(device)),
+        "verifiable": lambda: Verifiable(_import_function(source)),
+        "exact-match": lambda: exact_match(_import_function(source), dict(zip(prompts, class_names, strict=True))),
+    }
+    if kind in models:
         if not source:
-            raise ValueError(f"reward {spec!r} needs a model: give {kind}:FOLDER or {kind}:HUB_NAME")
-        return {"clip": ClipScore, "pickscore": PickScore}[kind](Clip.load(source, device))
+            form = next(form for form in KNOWN.split(", ") if form.startswith(f"{kind}:"))
+            raise ValueError(f"reward {spec!r} needs a model: give {form}")
+        return models[kind]()
     built_in = {"classifier": ClassifierLogProb, "reads-class": ReadsClass}.get(spec)
     if built_in is None:
         if ":" not in spec:
-            known = "classifier, reads-class, clip:FOLDER, pickscore:FOLDER or path/to/file.py:function"
-            raise ValueError(f"unknown reward {spec!r}: choose {known}")
+            raise ValueError(f"unknown reward {spec!r}: choose {KNOWN}")
         return UserReward(_import_function(spec))
     if not classifier:
         raise ValueError(f"reward {spec!r} needs a classifier's folder: make one with marval train-classifier")
-    network = Classifier.load(classifier, device)
-    if network.class_names != list(class_names):
+    network = load_classifier(classifier, device)
+    if not set(class_names) <= set(network.class_names):
         ours, theirs = (", ".join(list(names)[:5]) for names in (class_names, network.class_names))
         raise ValueError(f"classifier {classifier} knows the classes {theirs}, but the model {ours}: train one on them")
-    return built_in(network, prompts)
+    return built_in(network, class_prompts(template, network.class_names))
 
 
 def score(reward: Reward, images: Tensor, prompts: list[str]) -> Tensor:
-    """Rewards (B,) float32 of a batch, on its device, with their graph.
+    """Rewards (B,) float32 of a batch, on its device, with their graph. Booleans and integers 0 and 1 become floats.
 
     Raises:
-        ValueError: the result is not a finite floating-point tensor of shape (B,).
+        RewardError: the reward raised something, or its result is not a finite floating-point tensor of shape (B,);
+            names the reward and the first such image. Running out of memory is raised as it is.
     """
-    rewards: Any = reward(images, prompts)
+    name = name_of(reward)
+    if len(prompts) != len(images):
+        raise RewardError(f"reward {name!r} got {len(prompts)} prompts for {len(images)} images")
+    try:
+        rewards: Any = reward(images, prompts)
+    except (RewardError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise RewardError(_failure(reward, images, prompts, error)) from error
     wanted = f"it must return a floating-point tensor of shape ({len(images)},), one number per image"
     if not isinstance(rewards, Tensor):
-        raise ValueError(f"the reward returned a {type(rewards).__name__}: {wanted}")
+        raise RewardError(f"reward {name!r} returned a {type(rewards).__name__}: {wanted}")
+    if rewards.shape == (len(images),) and not (rewards.is_floating_point() or rewards.is_complex()):
+        rewards = rewards.float() if ((rewards == 0) | (rewards == 1)).all() else rewards
     if rewards.shape != (len(images),) or not rewards.is_floating_point():
-        raise ValueError(f"the reward returned {rewards.dtype} of shape {tuple(rewards.shape)}: {wanted}")
+        raise RewardError(f"reward {name!r} returned {rewards.dtype} of shape {tuple(rewards.shape)}: {wanted}")
     if not rewards.isfinite().all():
         bad = int((~rewards.isfinite()).nonzero()[0])
-        raise ValueError(f"the reward of image {bad} ({prompts[bad]!r}) is {rewards[bad].item()}: it must be finite")
+        value = rewards[bad].item()
+        raise RewardError(
+            f"reward {name!r}: the reward of image {bad} ({prompts[bad]!r}) is {value}: it must be finite"
+        )
     return rewards.to(images.device, torch.float32)
+
+
+def _failure(reward: Reward, images: Tensor, prompts: list[str], error: Exception) -> str:
+    """Which image a reward fails on: alone if it does so there, else the whole batch."""
+    where = f"the whole batch of {len(images)}, but on no image alone"
+    for i, prompt in enumerate(prompts):
+        try:
+            with torch.no_grad():
+                reward(images[i : i + 1], [prompt])
+        except Exception as alone:
+            error, where = alone, f"image {i} ({prompt!r})"
+            break
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    reason = " ".join(str(error).split())
+    return (
+        f"reward {name_of(reward)!r} fails on {where}: {type(error).__name__}: {reason} "
+        f"({Path(last.filename).name}, line {last.lineno})"
+    )
 
 
 def check_reward(reward: Reward, images: Tensor, prompts: list[str]) -> Tensor:
     """`score` of a trial batch, detached, so that a bad reward is found before any work starts.
 
+    A black box that is the same for four or more images is printed as a warning: a 0/1 reward may well be so.
+
+    Args:
+        images: of the model to be trained, best of different classes.
+
     Raises:
-        ValueError: as `score`, or a reward that calls itself differentiable gave one without gradient.
+        ValueError: as `score`, or a reward that calls itself differentiable has no gradient in the images, one that is
+            zero everywhere (a constant, a rounded value), or one that is not finite.
     """
+    images = images.detach().requires_grad_(reward.differentiable)
     with torch.enable_grad():
-        rewards = score(reward, images.detach().requires_grad_(reward.differentiable), prompts)
-    if reward.differentiable and not rewards.requires_grad:
-        raise ValueError("the reward calls itself differentiable but its result carries no gradient to the images")
-    return rewards.detach()
+        rewards = score(reward, images, prompts)
+    name, values = name_of(reward), rewards.detach()
+    same = bool((values == values[0]).all())
+    if not reward.differentiable:
+        if same and len(values) >= 4:
+            what = f"reward {name!r} is {values[0].item():g} for all {len(values)} trial images"
+            print(f"marval: warning: {what}: nothing is learned while it stays so", file=sys.stderr, flush=True)
+        return values
+    claim = f"reward {name!r} calls itself differentiable but"
+    gradient = None
+    if rewards.requires_grad:
+        (gradient,) = torch.autograd.grad(rewards.sum(), images, allow_unused=True)
+    if gradient is None:
+        raise RewardError(f"{claim} its result carries no gradient to the images")
+    if not (finite := gradient.flatten(1).isfinite().all(1)).all():
+        bad = int((~finite).nonzero()[0])
+        raise RewardError(f"{claim} its gradient in image {bad} ({prompts[bad]!r}) is not finite")
+    if not gradient.any():
+        constant = f": it is {values[0].item():g} for all of them" if same else ""
+        raise RewardError(f"{claim} its gradient is zero for all {len(values)} trial images{constant}")
+    return values

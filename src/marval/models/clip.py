@@ -1,7 +1,7 @@
 """CLIP (arXiv 2103.00020) through transformers: how well an image fits a text, differentiable in the image."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +9,78 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from marval.checkpoint import load_tensors, read_pickle, read_state_dict
+
 BICUBIC = 3  # PIL.Image.Resampling.BICUBIC
+_OPEN_CLIP_STARTS = {
+    "visual.class_embedding": "vision_model.embeddings.class_embedding",
+    "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
+    "visual.conv1.": "vision_model.embeddings.patch_embedding.",
+    "visual.ln_pre.": "vision_model.pre_layrnorm.",  # transformers spells it so
+    "visual.ln_post.": "vision_model.post_layernorm.",
+    "visual.proj": "visual_projection.weight",
+    "visual.transformer.resblocks.": "vision_model.encoder.layers.",
+    "positional_embedding": "text_model.embeddings.position_embedding.weight",
+    "token_embedding.": "text_model.embeddings.token_embedding.",
+    "transformer.resblocks.": "text_model.encoder.layers.",
+    "ln_final.": "text_model.final_layer_norm.",
+    "text_projection": "text_projection.weight",
+}
+_OPEN_CLIP_PARTS = {
+    ".ln_1.": ".layer_norm1.", ".ln_2.": ".layer_norm2.", ".attn.": ".self_attn.", ".mlp.c_fc.": ".mlp.fc1.",
+    ".mlp.c_proj.": ".mlp.fc2.",
+}  # fmt: skip
+
+
+def from_open_clip(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of an open_clip model, float32, under the names of transformers' `CLIPModel`.
+
+    open_clip keeps query, key and value in one tensor and the two projections transposed. Unknown names stay.
+    """
+    converted: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        name = name.removeprefix("module.")
+        start = next((start for start in _OPEN_CLIP_STARTS if name.startswith(start)), "")
+        new = _OPEN_CLIP_STARTS.get(start, "") + name.removeprefix(start)
+        for part, replacement in _OPEN_CLIP_PARTS.items():
+            new = new.replace(part, replacement)
+        if ".in_proj_" in new:
+            layer, _, kind = new.partition("in_proj_")
+            for letter, third in zip("qkv", tensor.float().chunk(3), strict=True):
+                converted[f"{layer}{letter}_proj.{kind}"] = third
+        elif name != "attn_mask":  # a constant
+            converted[new] = tensor.float().T if name in ("visual.proj", "text_projection") else tensor.float()
+    return converted
+
+
+def _read_open_clip(path: Path) -> dict[str, Tensor]:
+    """Of a .safetensors file, or of a pickle with or without an entry ``state_dict``."""
+    if path.suffix == ".safetensors":
+        return load_tensors(path)
+    saved = read_pickle(path)
+    wrapped = isinstance(saved, dict) and "state_dict" in saved
+    return read_state_dict(path, "state_dict" if wrapped else None)[0]
+
+
+def preprocess(images: Tensor, resize: int, size: int, mean: Tensor, std: Tensor) -> Tensor:
+    """Float NCHW in [0, 1], 1 or 3 channels, of any size -> normalised (B, 3, size, size), differentiable.
+
+    Shortest side resized (bicubic, antialiased, columns before rows, each bounded, as Pillow), centre crop,
+    normalisation. transformers' processor does the same on 8-bit images; the difference is its rounding after
+    each pass, at most 1.5 / 255 before the normalisation.
+    """
+    height, width = images.shape[2:]
+    short = min(height, width)
+    shape = [resize if side == short else int(resize * side / short) for side in (height, width)]
+    x = images.expand(-1, 3, -1, -1).float()
+    for sides in ([height, shape[1]], shape):
+        x = F.interpolate(x, sides, mode="bicubic", antialias=True).clamp(0, 1)
+    top, left = (shape[0] - size) // 2, (shape[1] - size) // 2
+    return (x[..., top : top + size, left : left + size] - mean) / std
 
 
 @contextlib.contextmanager
-def _quiet(transformers: Any) -> Iterator[None]:
+def quiet(transformers: Any) -> Iterator[None]:
     """No progress bars and no reports on stderr: what is wrong with a file is raised instead."""
     log = transformers.utils.logging
     verbosity, bar = log.get_verbosity(), log.is_progress_bar_enabled()
@@ -45,7 +112,12 @@ class Clip:
 
     @classmethod
     def load(cls, source: str, device: torch.device | str) -> "Clip":
-        """A folder in the format of transformers (config, weights, tokenizer, preprocessor), or a hub name.
+        """A CLIP by its source.
+
+        Args:
+            source: a folder in the format of transformers (config, weights, tokenizer, preprocessor), a hub name, or
+                a file of open_clip's weights (``HPS_v2.1_compressed.pt``) in a folder with the other files of a
+                transformers CLIP of the same size.
 
         Raises:
             ValueError: transformers is not installed, a file is missing or unreadable, the weights are not exactly
@@ -55,18 +127,27 @@ class Clip:
             import transformers
         except ImportError:
             raise ValueError("CLIP needs transformers: pip install 'marval[rewards]'") from None
-        if not Path(source).is_dir() and source.count("/") != 1:
+        path = Path(source)
+        if not path.exists() and source.count("/") != 1:
             raise ValueError(f"{source!r} is neither a folder nor a hub name such as openai/clip-vit-large-patch14")
-        with _quiet(transformers):
+        folder = str(path.parent) if path.is_file() else source
+        with quiet(transformers):
             # The variant that works on PIL images exists by this name since transformers 5; it needs no torchvision.
             from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
             try:
+                weights: dict[str, Any] = {"dtype": torch.float32}
+                if path.is_file():
+                    weights = {
+                        "config": transformers.CLIPConfig.from_pretrained(folder),
+                        "state_dict": from_open_clip(_read_open_clip(path)),
+                    }
                 loaded: Any = transformers.CLIPModel.from_pretrained(
-                    source, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
-                )
-                tokenizer = transformers.AutoTokenizer.from_pretrained(source)
-                processor = CLIPImageProcessorPil.from_pretrained(source)
+                    None if path.is_file() else source, output_loading_info=True, ignore_mismatched_sizes=True,
+                    **weights,
+                )  # fmt: skip
+                tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+                processor = CLIPImageProcessorPil.from_pretrained(folder)
             except Exception as error:  # each file has its own library, and each library its own kinds of error
                 raise ValueError(f"cannot load a CLIP from {source}: {' '.join(str(error).split())}") from None
         model, report = loaded
@@ -78,30 +159,18 @@ class Clip:
                 raise ValueError(f"the weights of {source} are not this CLIP's: {what} tensor {min(names)}")
         if len(tokenizer) != model.config.text_config.vocab_size:
             count = f"{len(tokenizer)} words, the model {model.config.text_config.vocab_size}"
-            raise ValueError(f"the tokenizer of {source} knows {count}: copy tokenizer.json of this model into it")
+            raise ValueError(f"the tokenizer of {folder} knows {count}: copy tokenizer.json of this model into it")
         size, crop = processor.size["shortest_edge"], processor.crop_size
         wanted = {"do_resize": True, "do_center_crop": True, "do_rescale": True, "do_normalize": True}
         as_clip = all(getattr(processor, name) == value for name, value in wanted.items())
         seen = model.config.vision_config.image_size
         if not as_clip or processor.resample != BICUBIC or not (crop["height"] == crop["width"] == seen <= (size or 0)):
-            raise ValueError(f"{source}/preprocessor_config.json is not CLIP's: bicubic resize, centre crop to {seen}")
+            raise ValueError(f"{folder}/preprocessor_config.json is not CLIP's: bicubic resize, centre crop to {seen}")
         return cls(model.to(device), tokenizer, size, seen, list(processor.image_mean), list(processor.image_std))
 
     def preprocess(self, images: Tensor) -> Tensor:
-        """Float NCHW in [0, 1], 1 or 3 channels, of any size -> normalised (B, 3, size, size), differentiable.
-
-        Shortest side resized (bicubic, antialiased, columns before rows, each bounded, as Pillow), centre crop,
-        normalisation. transformers' processor does the same on 8-bit images; the difference is its rounding after
-        each pass, at most 1.5 / 255 before the normalisation.
-        """
-        height, width = images.shape[2:]
-        short = min(height, width)
-        shape = [self.resize if side == short else int(self.resize * side / short) for side in (height, width)]
-        x = images.expand(-1, 3, -1, -1).float()
-        for size in ([height, shape[1]], shape):
-            x = F.interpolate(x, size, mode="bicubic", antialias=True).clamp(0, 1)
-        top, left = (shape[0] - self.size) // 2, (shape[1] - self.size) // 2
-        return (x[..., top : top + self.size, left : left + self.size] - self.mean) / self.std
+        """`preprocess` with the sizes and the normalisation of this model."""
+        return preprocess(images, self.resize, self.size, self.mean, self.std)
 
     def images(self, images: Tensor) -> Tensor:
         """Float NCHW in [0, 1] -> unit vectors (B, C)."""
