@@ -120,7 +120,8 @@ class HpsScore(ClipScore):
     """100 times the cosine of image and prompt under HPSv2's CLIP-H (arXiv 2306.09341), at most 100.
 
     The unit of the tables of its authors; their function ``score`` returns the cosine. Comparable only between images
-    of the same prompt, by their own word. They pad images that are not square where this crops them.
+    of the same prompt, by their own word. Their file HPS_v2.1_compressed.pt goes into a folder with config.json, the
+    tokenizer's files and preprocessor_config.json of laion/CLIP-ViT-H-14-laion2B-s32B-b79K; the source is its path.
     """
 
 

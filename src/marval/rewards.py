@@ -96,7 +96,7 @@ class Verifiable(BaseReward):
         if values.shape == (len(images),) and not (truth := (values == 0) | (values == 1)).all():
             bad = int((~truth).nonzero()[0])
             raise RewardError(
-                f"reward {self.name!r} is {values[bad].item()} for image {bad} ({prompts[bad]!r}): a verifiable "
+                f"reward {name_of(self)!r} is {values[bad].item()} for image {bad} ({prompts[bad]!r}): a verifiable "
                 "reward is 0 or 1"
             )
         return values.float()
@@ -295,11 +295,12 @@ def score(reward: Reward, images: Tensor, prompts: list[str]) -> Tensor:
         raise RewardError(_failure(reward, images, prompts, error)) from error
     wanted = f"it must return a floating-point tensor of shape ({len(images)},), one number per image"
     if not isinstance(rewards, Tensor):
-        raise RewardError(f"reward {name!r} returned a {type(rewards).__name__}: {wanted}")
+        raise RewardError(f"reward {name!r}: the reward returned a {type(rewards).__name__}: {wanted}")
     if rewards.shape == (len(images),) and not (rewards.is_floating_point() or rewards.is_complex()):
         rewards = rewards.float() if ((rewards == 0) | (rewards == 1)).all() else rewards
     if rewards.shape != (len(images),) or not rewards.is_floating_point():
-        raise RewardError(f"reward {name!r} returned {rewards.dtype} of shape {tuple(rewards.shape)}: {wanted}")
+        found = f"{rewards.dtype} of shape {tuple(rewards.shape)}"
+        raise RewardError(f"reward {name!r}: the reward returned {found}: {wanted}")
     if not rewards.isfinite().all():
         bad = int((~rewards.isfinite()).nonzero()[0])
         value = rewards[bad].item()

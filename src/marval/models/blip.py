@@ -97,7 +97,7 @@ class ImageReward(nn.Module):
 
         Args:
             source: such a folder (tokenizer: tokenizer.json or vocab.txt of google-bert/bert-base-uncased), or a hub
-                name such as zai-org/ImageReward, whose tokenizer is fetched from the hub as well.
+                name such as THUDM/ImageReward, whose tokenizer is fetched from the hub as well.
 
         Raises:
             ValueError: transformers is not installed, a file is missing or unreadable, or the weights are not exactly
@@ -109,7 +109,7 @@ class ImageReward(nn.Module):
             raise ValueError("ImageReward needs transformers: pip install 'marval[rewards]'") from None
         is_folder = Path(source).is_dir()
         if not is_folder and source.count("/") != 1:
-            raise ValueError(f"{source!r} is neither a folder nor a hub name such as zai-org/ImageReward")
+            raise ValueError(f"{source!r} is neither a folder nor a hub name such as THUDM/ImageReward")
         with quiet(transformers):
             from transformers.models.blip.modeling_blip_text import BlipTextModel
 
