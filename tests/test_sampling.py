@@ -294,7 +294,8 @@ def test_truncated_gradient_is_that_of_detached_tokens(tiny_mar, rollout):
         draw = sampling.one_evaluation(network.head, cosine_schedule(), 755)
         earlier = list(sampling.unmask(network, draw, labels, orders, counts, z))[-2]
     truncated, detached = rollout(grad_ar_steps=[3]), rollout(counts=counts[-2:], tokens=earlier)
-    assert torch.equal(truncated[0], detached[0])
+    # all known tokens come ascending in the second, those of each AR step in the first: rounding differs
+    assert_close(truncated[0], detached[0], rtol=0, atol=1e-4)
     assert_close(truncated[1], detached[1])
 
 

@@ -160,8 +160,9 @@ def sample_verb(args: list[str]) -> None:
         ar_steps: int | None = None, guidance: float | None = None,
         guidance_schedule: Literal["constant", "linear"] | None = None, order: str | None = None,
         head_steps: int | None = None, solver: Literal["ancestral", "ddim"] | None = None,
-        temperature: float | None = None, batch_size: int = 64, device: str = "auto",
-        precision: Literal["auto", "float32", "bf16"] = "auto", shard: bool = False,
+        temperature: float | None = None, refresh_every: int | None = None, batch_size: int = 64,
+        device: str = "auto", precision: Literal["auto", "float32", "bf16"] = "auto", graphs: bool = False,
+        compile: bool = False, shard: bool = False,
     ) -> None:  # fmt: skip
         """Draw images: PNG files, grid.png, and samples.npz with uint8 NHWC `images` and `labels`.
 
@@ -174,22 +175,27 @@ def sample_verb(args: list[str]) -> None:
             ar_steps: AR steps K, from 1 to the number of tokens; the model's default if left out, as all below.
             guidance: Guidance scale w; 1 is no guidance.
             guidance_schedule: Constant, or linear in the share of revealed tokens.
-            order: random, raster, centre-out, or all token positions, comma-separated, first revealed first.
+            order: random, raster, centre-out, halton, or all token positions, comma-separated, first revealed first.
             head_steps: Denoising steps of a teacher's inner chain.
             solver: How the inner chain steps.
             temperature: Scale of the noise.
+            refresh_every: AR steps from one full pass of the backbone to the next; 1 is exact, more is faster.
             batch_size: Images at a time.
             device: cpu, cuda, or auto.
-            precision: bf16 by autocast; auto: bf16 on CUDA, float32 on the CPU.
+            precision: Of the weights; auto: bf16 on CUDA, float32 on the CPU.
+            graphs: Record the AR steps as CUDA graphs: for many small batches.
+            compile: Compile the blocks of transformer and head: for many images.
             shard: Split the weights over the processes of torchrun (FSDP2).
         """
         from marval.draw import save_images
 
         settings = {
             "ar_steps": ar_steps, "guidance": guidance, "guidance_schedule": guidance_schedule, "order": order,
-            "head_steps": head_steps, "solver": solver, "temperature": temperature,
+            "head_steps": head_steps, "solver": solver, "temperature": temperature, "refresh_every": refresh_every,
         }  # fmt: skip
-        save_images(model, out, classes, num_images, seed, batch_size, device, precision, shard, settings)
+        save_images(
+            model, out, classes, num_images, seed, batch_size, device, precision, graphs, compile, shard, settings
+        )  # fmt: skip
 
     parse(sample, "sample", args)
 
@@ -231,22 +237,30 @@ def evaluate_verb(args: list[str]) -> None:
 
 def bench_verb(args: list[str]) -> None:
     def bench(
-        *, model: Path, batch: str = "1,64", json: Path | None = None, repeats: int = 10, ar_steps: int | None = None,
-        head_steps: int | None = None, device: str = "auto",
+        *, model: Path, batch: str = "1,64", json: Path | None = None, repeats: int = 10, ar_steps: str = "",
+        head_steps: int | None = None, refresh_every: int | None = None, budget: float | None = None,
+        device: str = "auto", precision: Literal["auto", "float32", "bf16"] = "auto", graphs: bool = False,
+        compile: bool = False,
     ) -> None:  # fmt: skip
-        """Time a teacher and its student, split into transformer, head and tokenizer.
+        """Time a teacher and its student, split by part, and compare them with the least that the machine needs.
 
         Args:
             model: Folder of a student (its teacher's head is in it), or of a teacher (timed as its own student).
             batch: Batch sizes, comma-separated.
             json: File for the results.
             repeats: Batches timed after a warm-up; medians are reported.
-            ar_steps: AR steps K; the model's default if left out.
+            ar_steps: Numbers of AR steps K, comma-separated; the model's default if left out.
             head_steps: Denoising steps of the teacher's inner chain.
+            refresh_every: AR steps from one full pass of the backbone to the next; 1 is exact.
+            budget: Milliseconds: also find the largest K whose student image takes no longer, at the first batch size.
             device: cpu, cuda, or auto.
+            precision: Of the weights; auto: bf16 on CUDA, float32 on the CPU.
+            graphs: Launch the kernels of an AR step as CUDA graphs.
+            compile: Compile the blocks of transformer and head.
         """
         from marval.bench import bench, table
         from marval.checkpoint import write_json
+        from marval.config import numbers
         from marval.distributed import connect
         from marval.run import writable_folder
 
@@ -256,10 +270,14 @@ def bench_verb(args: list[str]) -> None:
             batches = [int(part) for part in batch.split(",")]
         except ValueError:
             raise ValueError(f"--batch {batch!r} must be comma-separated integers, such as 1,64") from None
-        place = str(connect(device).device)
-        results = bench(model, batches, repeats, place, ar_steps=ar_steps, head_steps=head_steps)
-        print(table(results))
-        if json is not None:
+        steps = numbers(ar_steps, int, "--ar-steps")
+        world = connect(device)
+        results = bench(
+            model, batches, repeats, str(world.device), steps, budget, precision, graphs, compile,
+            head_steps=head_steps, refresh_every=refresh_every,
+        )  # fmt: skip
+        say(table(results))
+        if json is not None and world.is_main:
             write_json(json, results)
 
     parse(bench, "bench", args)

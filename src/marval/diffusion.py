@@ -113,8 +113,8 @@ def posterior_mean(schedule: Schedule, x0: Tensor, x_t: Tensor, t: Tensor | int)
 
 def learned_range_log_variance(schedule: Schedule, v: Tensor, t: Tensor | int) -> Tensor:
     """Log variance between the posterior's (v = -1) and beta_t (v = 1) (Nichol & Dhariwal 2021, eq. 15)."""
-    share = (v + 1) / 2
-    return share * _at(schedule.log_betas, t, v) + (1 - share) * _at(schedule.posterior_log_variance, t, v)
+    upper, lower = _at(schedule.log_betas, t, v), _at(schedule.posterior_log_variance, t, v)
+    return (upper - lower) / 2 * v + (upper + lower) / 2
 
 
 def ancestral_step(
@@ -131,7 +131,8 @@ def ancestral_step(
     mean = posterior_mean(schedule, x0, x_t, t)
     if t == 0:
         return mean
-    return mean + temperature * torch.exp(0.5 * learned_range_log_variance(schedule, v, t)) * noise
+    std = torch.exp(0.5 * learned_range_log_variance(schedule, v, t))
+    return torch.addcmul(mean, std, noise, value=temperature)
 
 
 def ddim_step(schedule: Schedule, eps: Tensor, x_t: Tensor, t: int, clamp: tuple[float, float] | None = None) -> Tensor:

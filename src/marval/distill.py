@@ -103,7 +103,7 @@ def distill(config: DistillConfig, teacher_folder: Path, out: Path, resume: bool
     )  # fmt: skip
     labels_of_data = torch.from_numpy(data.labels)
     counts = masking.masked_counts(length, config.ar_steps)
-    draw_token = one_evaluation(student.head, model.schedule, config.student.t_init, clamp=tokenizer.token_range)
+    clamp = tokenizer.token_range
 
     def averaged() -> Pipeline:
         provenance = {"verb": "distill", "data": data.source, "data_licence": data.licence} | (
@@ -150,7 +150,8 @@ def distill(config: DistillConfig, teacher_folder: Path, out: Path, resume: bool
             with torch.no_grad(), autocast(config, world.device):
                 if rolls:
                     upto = counts[: counts.index(num_masked) + 1]
-                    steps = unmask(student, draw_token, labels[rows], orders[rows], upto, z[rows], guidance=w[rows])
+                    draw = one_evaluation(student.head, model.schedule, config.student.t_init, clamp=clamp)
+                    steps = unmask(student, draw, labels[rows], orders[rows], upto, z[rows], guidance=w[rows])
                     tokens = last(steps)
                 contexts.append(matching.context(tokens, visible[rows], masked[rows], labels[rows], w[rows]))
 

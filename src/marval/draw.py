@@ -14,11 +14,10 @@ from tqdm import tqdm
 
 from marval import masking
 from marval.checkpoint import write_atomically
-from marval.config import RunConfig
 from marval.distributed import World, connect
 from marval.images import image_grid, save_png
 from marval.pipeline import Pipeline
-from marval.run import autocast, new_folder
+from marval.run import is_bf16, new_folder
 
 
 def sample_in_turn(
@@ -49,12 +48,13 @@ def sample_in_turn(
 
 def save_images(
     folder: Path, out: Path, classes: str, num_images: int | None, seed: int, batch_size: int, device: str,
-    precision: Literal["auto", "float32", "bf16"], shard: bool, settings: dict[str, Any],
+    precision: Literal["auto", "float32", "bf16"], graphs: bool, compile: bool, shard: bool, settings: dict[str, Any],
 ) -> None:  # fmt: skip
     """`marval sample`: PNG files named by number and class, grid.png and samples.npz in a new folder.
 
     Args:
         classes: ``all``, ``none`` (unconditional), or comma-separated indices or names.
+        precision: of the weights. graphs, compile: see `Pipeline.accelerate`.
         shard: split the network over the processes.
     """
     world = connect(device, shard)
@@ -64,7 +64,10 @@ def save_images(
         raise ValueError(f"seed must not be negative, got {seed}")
     if num_images is not None and num_images < 1:
         raise ValueError(f"the number of images must be at least 1, got {num_images}")
-    model = Pipeline.load(folder, world.device)
+    if shard and (graphs or compile):
+        raise ValueError("--shard moves the weights about: it goes neither with --graphs nor with --compile")
+    model = Pipeline.load(folder, world.device, dtype="bf16" if is_bf16(precision, world.device) else "float32")
+    model.accelerate(graphs, compile)
     model.require_images()
     order = settings.get("order")
     if order and "," in order:
@@ -87,10 +90,9 @@ def save_images(
     if world.is_main:
         new_folder(out)
     world.shard(model.network)
-    with autocast(RunConfig(precision=precision), world.device):
-        images, labels = sample_in_turn(
-            model, asked, count, seed, world, batch_size=batch_size, title="sample", **settings
-        )  # fmt: skip
+    images, labels = sample_in_turn(
+        model, asked, count, seed, world, batch_size=batch_size, title="sample", **settings
+    )  # fmt: skip
     if world.is_main:
         names = [*model.class_names, "none"]
         for i, (image, label) in enumerate(zip(images, labels, strict=True)):

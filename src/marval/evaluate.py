@@ -45,7 +45,7 @@ from marval.pipeline import Pipeline
 from marval.reference import Reference, chunk_rows, gather_chunks, load_reference, num_chunks, rounds
 from marval.rewards import UserReward, class_prompts, load_reward, score
 from marval.rng import generator
-from marval.run import autocast, new_folder, versions, writable_folder
+from marval.run import autocast, is_bf16, new_folder, versions, writable_folder
 from marval.tables import check_matplotlib, one_line, plot, result_table, sweep_table
 from marval.tokenizers import to_float, to_uint8
 
@@ -131,7 +131,7 @@ def evaluate(
     if model.student is not None:
         sampling["head_steps"] = 1
     check_features(model, reference, network)
-    bf16 = config.precision == "bf16" or (config.precision == "auto" and model.device.type == "cuda")
+    bf16 = is_bf16(config.precision, model.device)
     protocol: dict[str, Any] = {
         "model": weights or weights_digest(model), "kind": "teacher" if model.student is None else "student",
         "weights": config.weights, **sampling, "precision": "bf16" if bf16 else "float32",

@@ -4,12 +4,13 @@ An order is a permutation of the L token positions (row-major over the grid) in 
 ``orders[b, 0]`` is drawn first. (The reference MAR stores the reverse: its masked tokens are the first entries.)
 """
 
+import itertools
 import math
 
 import torch
 from torch import Tensor
 
-ORDERS = ("random", "raster", "centre-out")
+ORDERS = ("random", "raster", "centre-out", "halton")
 
 
 def random_order(length: int, generator: torch.Generator) -> Tensor:
@@ -26,6 +27,33 @@ def centre_out_order(grid: int) -> Tensor:
     """(grid * grid,) from the centre of the image outwards; equal distances in raster order."""
     axis = torch.arange(grid) - (grid - 1) / 2
     return torch.argsort((axis[:, None] ** 2 + axis[None, :] ** 2).flatten(), stable=True)
+
+
+def halton_order(grid: int) -> Tensor:
+    """(grid * grid,) spread evenly: each token far from those before it, so that tokens drawn together depend little on
+    each other (the Halton sequence in bases 2 and 3, as Besnier et al. 2025, arXiv 2503.17076, order MaskGIT's tokens).
+    """
+
+    def radical_inverse(i: int, base: int) -> float:
+        value, scale = 0.0, 1.0 / base
+        while i:
+            i, digit = divmod(i, base)
+            value, scale = value + digit * scale, scale / base
+        return value
+
+    seen: dict[int, None] = {}
+    i = 0
+    while len(seen) < grid * grid:
+        i += 1
+        seen.setdefault(int(radical_inverse(i, 2) * grid) * grid + int(radical_inverse(i, 3) * grid))
+    return torch.tensor(list(seen))
+
+
+def shifted(order: Tensor, grid: int, shift: Tensor) -> Tensor:
+    """An order (L,) moved cyclically on the token grid, for each image by another of the L shifts (B,) -> (B, L)."""
+    rows = (order // grid + shift[:, None] // grid) % grid
+    columns = (order % grid + shift[:, None] % grid) % grid
+    return rows * grid + columns
 
 
 def check_order(order: Tensor, length: int) -> Tensor:
@@ -64,6 +92,18 @@ def masked_counts(length: int, ar_steps: int) -> list[int]:
     for k in range(1, ar_steps):
         counts.append(max(1, min(counts[-1] - 1, math.floor(length * math.cos(math.pi / 2 * k / ar_steps)))))
     return [*counts, 0]
+
+
+def sorted_within_steps(orders: Tensor, counts: list[int]) -> Tensor:
+    """Orders (B, L) with the tokens of each AR step, and those known before the first, ascending: one sort for all.
+
+    Args:
+        counts: masked tokens before each AR step and after the last.
+    """
+    length = orders.shape[1]
+    sizes = torch.tensor([length - counts[0], *(a - b for a, b in itertools.pairwise(counts)), counts[-1]])
+    step = torch.repeat_interleave(torch.arange(len(sizes)), sizes).to(orders.device)
+    return (step * length + orders).sort(dim=1).values % length
 
 
 def linear_guidance(w: float | Tensor, masked_after: int, length: int) -> float | Tensor:

@@ -14,6 +14,7 @@ from marval import masking, sampling
 from marval.checkpoint import load_strictly, load_tensors, read_json, read_raw_weights, save_tensors, write_json
 from marval.config import MARConfig, SamplingConfig, StudentConfig, check, from_dict, to_dict
 from marval.diffusion import cosine_schedule, respace
+from marval.graphs import Call, Graphs, plainly
 from marval.models.autoencoders import CONFIG, link_autoencoder
 from marval.models.mar import MAR
 from marval.rng import ImageNoise
@@ -69,6 +70,7 @@ class Pipeline:
         self.student = student
         self.provenance = provenance or {}
         self.schedule = cosine_schedule()
+        self.call: Call = plainly
 
     @property
     def device(self) -> torch.device:
@@ -80,17 +82,39 @@ class Pipeline:
         self.tokenizer.to(device)
         return self
 
+    def accelerate(self, graphs: bool = False, compile: bool = False) -> "Pipeline":
+        """Sample faster, with the same images up to rounding. The first call of each shape prepares, which takes
+        seconds to minutes, so it pays for many images.
+
+        Args:
+            graphs: on CUDA, record backbone and head of each AR step as CUDA graphs: at small batches the launches take
+                longer than the work. The weights must not be replaced afterwards.
+            compile: compile the blocks of transformer and head (torch.compile; needs a C++ compiler).
+
+        Raises:
+            ValueError: graphs without CUDA.
+        """
+        if graphs and self.device.type != "cuda":
+            raise ValueError(f"CUDA graphs need a CUDA device, but the model is on {self.device}")
+        if graphs:
+            self.call = Graphs()
+        if compile:
+            self.network.compile_blocks()
+        return self
+
     # ---- files
 
     @classmethod
     def load(
-        cls, path: str | Path, device: torch.device | str = "cpu", weights: Literal["ema", "raw"] = "ema"
-    ) -> "Pipeline":
+        cls, path: str | Path, device: torch.device | str = "cpu", weights: Literal["ema", "raw"] = "ema",
+        dtype: Literal["float32", "bf16"] = "float32",
+    ) -> "Pipeline":  # fmt: skip
         """A folder that marval wrote (train, distill, rl, import-mar, export).
 
         Args:
             weights: the average that model.safetensors holds; or, from a run's checkpoint.pt, what was trained, as it
                 is after the last update.
+            dtype: of the weights; bf16 is for sampling only, at half the memory.
 
         Raises:
             ValueError: something is missing, damaged or does not fit; the message names the file and the tensor.
@@ -119,6 +143,9 @@ class Pipeline:
         else:
             tensors, file, provenance = read_raw_weights(path), path / "checkpoint.pt", provenance | {"weights": "raw"}
         load_strictly(network.to_empty(device="cpu"), tensors, str(file))
+        check(dtype in ("float32", "bf16"), f"unknown dtype {dtype!r}: choose float32 or bf16")
+        if dtype == "bf16":
+            network.to_bf16()
         return cls(network, tokenizer, names, sampling_defaults, student, provenance).to(device)
 
     def save(self, path: str | Path) -> None:
@@ -176,6 +203,8 @@ class Pipeline:
         config = dataclasses.replace(self.sampling, **given)
         masking.masked_counts(self.network.config.num_tokens, config.ar_steps)
         respace(self.schedule, config.head_steps)
+        if config.refresh_every > 1 and self.call is not plainly:
+            raise ValueError(f"refresh_every {config.refresh_every} does not work with CUDA graphs: use one of them")
         if self.student is not None:
             if self.student.guidance_range is None:
                 if config.guidance != self.student.guidance or config.guidance_schedule != "constant":
@@ -203,7 +232,7 @@ class Pipeline:
         seed: int = 0, first_image: int = 0, ar_steps: int | None = None, head_steps: int | None = None,
         solver: Literal["ancestral", "ddim"] | None = None, guidance: float | None = None,
         guidance_schedule: Literal["constant", "linear"] | None = None, temperature: float | None = None,
-        order: str | Sequence[int] | Tensor | None = None, batch_size: int = 64,
+        order: str | Sequence[int] | Tensor | None = None, refresh_every: int | None = None, batch_size: int = 64,
         images: np.ndarray | None = None, keep: np.ndarray | Tensor | None = None,
     ) -> np.ndarray:  # fmt: skip
         """Draw images. Every argument left out takes the model's default.
@@ -218,8 +247,9 @@ class Pipeline:
             head_steps, solver: the teacher's inner chain: 1..1000 steps, ``ancestral`` or ``ddim``.
             guidance: scale w >= 0, 1 is none. guidance_schedule: ``constant`` or ``linear``.
             temperature: scale of the noise, >= 0.
-            order: ``random``, ``raster``, ``centre-out``, or a permutation (L,), or one per image (num_images, L),
-                in the order in which tokens are revealed.
+            order: ``random``, ``raster``, ``centre-out``, ``halton``, or a permutation (L,), or one per image
+                (num_images, L), in the order in which tokens are revealed.
+            refresh_every: AR steps from one full pass of the backbone to the next; 1 is exact.
             images, keep: inpainting. uint8 NHWC images, and a boolean mask of the token grid, (grid, grid) or one
                 per image (num_images, grid, grid): True tokens are kept, the others drawn. An autoencoder gives the
                 kept tokens (the posterior's mode) and decodes them, so kept pixels are near the given ones.
@@ -234,7 +264,7 @@ class Pipeline:
         batches = self._token_batches(
             classes, num_images, seed, first_image, batch_size, order, images, keep,
             ar_steps=ar_steps, head_steps=head_steps, solver=solver, guidance=guidance,
-            guidance_schedule=guidance_schedule, temperature=temperature,
+            guidance_schedule=guidance_schedule, temperature=temperature, refresh_every=refresh_every,
         )  # fmt: skip
         parts = [(rows, to_uint8(self.tokenizer.decode(tokens)).cpu().numpy()) for rows, tokens in batches]
         return _in_order(parts)
@@ -339,7 +369,8 @@ class Pipeline:
             self.network, self.draw(config, noise), labels.to(device), orders,
             masking.masked_counts(to_draw, min(config.ar_steps, to_draw)), z,
             guidance=config.guidance, guidance_schedule=config.guidance_schedule, needs_null=self.student is None,
-            tokens=None if known is None or num_known == 0 else known.to(device),
+            tokens=None if known is None or num_known == 0 else known.to(device), refresh_every=config.refresh_every,
+            call=self.call,
         )  # fmt: skip
         tokens = z
         for tokens in steps:
@@ -352,6 +383,10 @@ class Pipeline:
         grid, count = self.network.config.grid, len(noise.generators)
         if order == "random":
             return noise.permutation(grid * grid)
+        if order == "halton":
+            return masking.shifted(
+                masking.halton_order(grid).to(self.device), grid, noise.permutation(grid * grid)[:, 0]
+            )
         fixed = masking.raster_order(grid * grid) if order == "raster" else masking.centre_out_order(grid)
         return fixed.to(self.device).expand(count, -1)
 
@@ -361,8 +396,8 @@ class Pipeline:
         if self.student is None:
             assert noise is not None
             schedule = respace(self.schedule, config.head_steps)
-            return sampling.diffusion_chain(head, schedule, noise, config.solver, config.temperature, clamp)
-        return sampling.one_evaluation(head, self.schedule, self.student.t_init, config.temperature, clamp)
+            return sampling.diffusion_chain(head, schedule, noise, config.solver, config.temperature, clamp, self.call)
+        return sampling.one_evaluation(head, self.schedule, self.student.t_init, config.temperature, clamp, self.call)
 
 
 def _in_order(parts: list[tuple[list[int], np.ndarray]]) -> np.ndarray:

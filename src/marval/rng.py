@@ -34,8 +34,15 @@ class ImageNoise:
 
     def randn(self, *shape: int) -> Tensor:
         """Standard normal (B, *shape)."""
-        return torch.stack([torch.randn(shape, generator=g) for g in self.generators]).to(self.device)
+        return self._put([torch.randn(shape, generator=g) for g in self.generators])
 
     def permutation(self, length: int) -> Tensor:
         """A random permutation for each image, (B, length)."""
-        return torch.stack([torch.randperm(length, generator=g) for g in self.generators]).to(self.device)
+        return self._put([torch.randperm(length, generator=g) for g in self.generators])
+
+    def _put(self, rows: list[Tensor]) -> Tensor:
+        """Rows stacked on the device; a GPU is not waited for."""
+        stacked = torch.stack(rows)
+        if torch.device(self.device).type != "cuda":
+            return stacked.to(self.device)
+        return stacked.pin_memory().to(self.device, non_blocking=True)

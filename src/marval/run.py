@@ -212,18 +212,21 @@ class Progress:
         self.bar.set_postfix({name: f"{value:.3g}" for name, value in values.items()}, refresh=False)
 
 
+def is_bf16(precision: str, device: torch.device) -> bool:
+    """What ``auto`` means: bf16 on CUDA, float32 on the CPU."""
+    return precision == "bf16" or (precision == "auto" and device.type == "cuda")
+
+
 def autocast(config: RunConfig, device: torch.device) -> torch.autocast:
     """The run's precision: bfloat16 matrix products, or nothing."""
-    enabled = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
-    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+    return torch.autocast(device.type, torch.bfloat16, enabled=is_bf16(config.precision, device))
 
 
 def prepare(network: MAR, config: RunConfig) -> None:
     """Switch on a network, before it is sharded, what the run asks for: activation checkpointing, compiled blocks."""
     network.activation_checkpointing = config.activation_checkpointing
     if config.compile:
-        for block in [*network.encoder_blocks, *network.decoder_blocks, *network.head.res_blocks]:
-            block.compile()
+        network.compile_blocks()
 
 
 def add_weighted(sums: dict[str, Tensor], weight: float, values: dict[str, Tensor]) -> None:

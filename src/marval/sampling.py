@@ -17,9 +17,11 @@ from torch.utils.checkpoint import checkpoint
 
 from marval import diffusion, gsim
 from marval.diffusion import Schedule
-from marval.masking import linear_guidance
+from marval.graphs import Call, plainly
+from marval.masking import linear_guidance, sorted_within_steps
+from marval.models.cached import CachedBackbone
 from marval.models.head import DiffusionHead
-from marval.models.mar import MAR
+from marval.models.mar import MAR, gather_tokens
 from marval.rng import ImageNoise
 
 DrawTokens = Callable[[Tensor, Tensor | None, Tensor, float | Tensor], Tensor]
@@ -28,59 +30,77 @@ Clamp = tuple[float, float] | None
 
 def diffusion_chain(
     head: DiffusionHead, schedule: Schedule, noise: ImageNoise, solver: Literal["ancestral", "ddim"] = "ancestral",
-    temperature: float = 1.0, clamp: Clamp = None,
+    temperature: float = 1.0, clamp: Clamp = None, call: Call = plainly,
 ) -> DrawTokens:  # fmt: skip
-    """The teacher's draw: the inner chain over every step of ``schedule`` (respace it for fewer)."""
+    """The teacher's draw: the inner chain over every step of ``schedule`` (respace it for fewer).
+
+    It embeds the timesteps once: after an update of the head make a new one.
+    """
     time_embeddings = head.embed_time(schedule.timesteps.to(noise.device))
 
     def draw(condition: Tensor, null: Tensor | None, z: Tensor, w: float | Tensor) -> Tensor:
-        embedded = head.embed_condition(condition if null is None else torch.cat([condition, null]))
+        guided = null is not None
 
-        def network(x: Tensor, i: int) -> Tensor:
-            if null is None:
-                return head.denoise(x, time_embeddings[i] + embedded)
-            out, out_null = head.denoise(torch.cat([x, x]), time_embeddings[i] + embedded).chunk(2)
-            eps, v = out.chunk(2, dim=-1)
-            return torch.cat([diffusion.guide(eps, out_null.chunk(2, dim=-1)[0], w), v], dim=-1)
+        def chain(c: Tensor, z: Tensor, times: Tensor, w: Tensor, noises: Tensor | None = None) -> Tensor:
+            embedded = head.embed_condition(c)
 
-        noises = None
+            def network(x: Tensor, i: int) -> Tensor:
+                if not guided:
+                    return head.denoise(x, times[i] + embedded)
+                out, out_null = head.denoise(torch.cat([x, x]), times[i] + embedded).chunk(2)
+                eps, v = out.chunk(2, dim=-1)
+                return torch.cat([diffusion.guide(eps, out_null.chunk(2, dim=-1)[0], w), v], dim=-1)
+
+            steps = None if noises is None else iter(noises.unbind(1))
+            return diffusion.denoise_chain(network, z, schedule, steps, temperature, clamp)
+
+        inputs = [condition if null is None else torch.cat([condition, null]), z, time_embeddings, as_tensor(w, z)]
         if solver == "ancestral":
-            noises = iter(noise.randn(len(schedule), *z.shape[1:]).transpose(0, 1))
-        return diffusion.denoise_chain(network, z, schedule, noises, temperature, clamp)
+            inputs.append(noise.randn(len(schedule), *z.shape[1:]))
+        return call(("chain", guided, temperature), chain, *inputs)
 
     return draw
 
 
 def one_evaluation(
-    head: DiffusionHead, schedule: Schedule, t_init: int, temperature: float = 1.0, clamp: Clamp = None
-) -> DrawTokens:
-    """The student's draw: one evaluation of the head (`gsim.one_step`). Guidance is baked in, or an input."""
+    head: DiffusionHead, schedule: Schedule, t_init: int, temperature: float = 1.0, clamp: Clamp = None,
+    call: Call = plainly,
+) -> DrawTokens:  # fmt: skip
+    """The student's draw: one evaluation of the head (`gsim.one_step`). Guidance is baked in, or an input.
+
+    In inference mode the timestep is embedded once.
+    """
+    t = torch.full((), t_init, device=head.input_proj.weight.device)
+    embedded_time = [head.embed_time(t)] if torch.is_inference_mode_enabled() else []
 
     def draw(condition: Tensor, null: Tensor | None, z: Tensor, w: float | Tensor) -> Tensor:
-        x = student_tokens(head, schedule, t_init, condition, temperature * z, torch.as_tensor(w, device=z.device))
-        return x if clamp is None else x.clamp(*clamp)
+        def evaluate(c: Tensor, z: Tensor, w: Tensor, embedded_time: Tensor | None = None) -> Tensor:
+            embedded = head.embed(t, c, w, embedded_time)
+            x = gsim.one_step(lambda x: head.denoise(x, embedded).chunk(2, -1)[0], temperature * z, schedule, t_init)
+            return x if clamp is None else x.clamp(*clamp)
+
+        return call(("student", temperature), evaluate, condition, z, as_tensor(w, z), *embedded_time)
 
     return draw
+
+
+def as_tensor(w: float | Tensor, like: Tensor) -> Tensor:
+    """A number as a tensor (), without waiting for the device; a tensor as it is."""
+    return w if isinstance(w, Tensor) else like.new_full((), w, dtype=torch.float32)
 
 
 def student_tokens(
     head: DiffusionHead, schedule: Schedule, t_init: int, condition: Tensor, z: Tensor, w: Tensor
 ) -> Tensor:
     """g(z, c): one-step tokens (..., D) at conditions (..., E), unclamped. ``w`` is read by a guidance-input head."""
-    embedded = head.embed(torch.tensor(t_init, device=z.device), condition, w)
-    return gsim.one_step(lambda x: head.denoise(x, embedded).chunk(2, dim=-1)[0], z, schedule, t_init)
-
-
-def gather_tokens(x: Tensor, positions: Tensor) -> Tensor:
-    """Rows of x (B, L, C) at positions (B, N) -> (B, N, C)."""
-    return x.gather(1, positions[..., None].expand(-1, -1, x.shape[-1]))
+    return one_evaluation(head, schedule, t_init)(condition, None, z, w)
 
 
 def unmask(
     network: MAR, draw: DrawTokens, labels: Tensor, orders: Tensor, counts: list[int], z: Tensor, *,
     guidance: float | Tensor = 1.0, guidance_schedule: Literal["constant", "linear"] = "constant",
     needs_null: bool = False, tokens: Tensor | None = None, grad_ar_steps: Collection[int] | None = None,
-    checkpoint_ar_steps: bool = False,
+    checkpoint_ar_steps: bool = False, refresh_every: int = 1, call: Call = plainly,
 ) -> Iterator[Tensor]:  # fmt: skip
     """The AR loop. Yields the tokens (B, L, D) after each step; the last is the image.
 
@@ -95,6 +115,8 @@ def unmask(
         grad_ar_steps: if gradients are enabled, only these steps carry them, counted from 0: what the others draw is
             constant; None for all.
         checkpoint_ar_steps: store only each step's tokens and recompute the rest in the backward pass.
+        refresh_every: AR steps between full passes of the backbone (`CachedBackbone`); 1: all are full, and exact.
+        call: how the backbone is called: plainly, or from CUDA graphs.
     """
     length, num_classes = network.config.num_tokens, network.config.num_classes
     if tokens is None:
@@ -103,17 +125,26 @@ def unmask(
     both_labels = torch.cat([labels, torch.full_like(labels, num_classes)]) if doubled else labels
     with_grad = torch.is_grad_enabled()
 
+    orders = sorted_within_steps(orders, counts)
+    cached = CachedBackbone(network, refresh_every) if refresh_every > 1 else None
+
+    def backbone(tokens: Tensor, visible: Tensor, target: Tensor, labels: Tensor) -> Tensor:
+        if doubled:
+            tokens, visible, target = tokens.repeat(2, 1, 1), visible.repeat(2, 1), target.repeat(2, 1)
+        return network.condition(tokens, visible, labels, target)
+
     for k, (masked, masked_after) in enumerate(itertools.pairwise(counts)):
-        visible = orders[:, : length - masked].sort(dim=1).values
-        target = orders[:, length - masked : length - masked_after].sort(dim=1).values
+        visible, target = orders[:, : length - masked], orders[:, length - masked : length - masked_after]
         w = linear_guidance(guidance, masked_after, length) if guidance_schedule == "linear" else guidance
 
-        def step(tokens: Tensor, visible: Tensor = visible, target: Tensor = target, w: float | Tensor = w) -> Tensor:
-            if doubled:
-                both = network.condition(tokens.repeat(2, 1, 1), visible.repeat(2, 1), both_labels)
-                condition, null = gather_tokens(both, target.repeat(2, 1)).chunk(2)
+        def step(
+            tokens: Tensor, visible: Tensor = visible, target: Tensor = target, w: float | Tensor = w, k: int = k
+        ) -> Tensor:
+            if cached is None:
+                condition = call("backbone", backbone, tokens, visible, target, both_labels)
             else:
-                condition, null = gather_tokens(network.condition(tokens, visible, labels), target), None
+                condition = cached.condition(tokens, orders, counts, k, both_labels)
+            condition, null = condition.chunk(2) if doubled else (condition, None)
             return draw(condition, null, gather_tokens(z, target), w).to(tokens.dtype)
 
         keep_grad = with_grad and (grad_ar_steps is None or k in grad_ar_steps)

@@ -21,11 +21,11 @@ class SinusoidalMLP(nn.Module):
     def forward(self, values: Tensor) -> Tensor:
         exponents = torch.arange(self.num_frequencies, dtype=torch.float32, device=values.device) / self.num_frequencies
         angles = values[..., None].float() * torch.exp(-math.log(10000) * exponents)
-        return self.mlp(torch.cat([torch.cos(angles), torch.sin(angles)], dim=-1))
+        return self.mlp(torch.cat([torch.cos(angles), torch.sin(angles)], dim=-1).to(self.mlp[0].weight.dtype))
 
 
 def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return x * (1 + scale) + shift
+    return torch.addcmul(shift, x, 1 + scale)
 
 
 class ResBlock(nn.Module):
@@ -39,7 +39,7 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor, h: Tensor) -> Tensor:
         shift, scale, gate = self.adaLN_modulation[1](h).chunk(3, dim=-1)
-        return x + gate * self.mlp(_modulate(self.in_ln(x), shift, scale))
+        return torch.addcmul(x, gate, self.mlp(_modulate(self.in_ln(x), shift, scale)))
 
 
 class FinalLayer(nn.Module):
@@ -91,9 +91,12 @@ class DiffusionHead(nn.Module):
         for layer in zeroed:
             nn.init.zeros_(layer.get_parameter("weight"))
 
-    def embed(self, t: Tensor, c: Tensor, w: Tensor | None = None) -> Tensor:
-        """Sum of the embeddings of timestep t (...), condition c (..., E) and, if it is an input, guidance w (...)."""
-        y = self.time_embed(t) + self.cond_embed(c)
+    def embed(self, t: Tensor, c: Tensor, w: Tensor | None = None, embedded_time: Tensor | None = None) -> Tensor:
+        """Sum of the embeddings of timestep t (...), condition c (..., E) and, if it is an input, guidance w (...).
+
+        ``embedded_time`` spares the first: `embed_time` of t.
+        """
+        y = (self.time_embed(t) if embedded_time is None else embedded_time) + self.cond_embed(c)
         if self.guidance_embed is not None:
             if w is None:
                 raise ValueError("this head takes the guidance scale as an input: give w")
@@ -110,7 +113,8 @@ class DiffusionHead(nn.Module):
 
     def denoise(self, x: Tensor, y: Tensor) -> Tensor:
         """x (..., D), y (..., width) from `embed` -> (..., 2 D) float32."""
-        x, h = self.input_proj(x), F.silu(y)  # the first layer of every adaLN_modulation, computed once
+        x = self.input_proj(x.to(self.input_proj.weight.dtype))
+        h = F.silu(y)  # the first layer of every adaLN_modulation, computed once
         for block in self.res_blocks:
             x = block(x, h)
         return self.final_layer(x, h)

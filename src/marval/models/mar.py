@@ -13,6 +13,11 @@ from marval.config import MARConfig
 from marval.models.head import DiffusionHead
 
 
+def gather_tokens(x: Tensor, positions: Tensor) -> Tensor:
+    """Rows of x (B, L, C) at positions (B, N) -> (B, N, C)."""
+    return x.gather(1, positions[..., None].expand(-1, -1, x.shape[-1]))
+
+
 class Attention(nn.Module):
     """Multi-head self-attention."""
 
@@ -22,11 +27,22 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def split(self, x: Tensor) -> tuple[Tensor, ...]:
+        """(B, N, E) -> queries, keys and values, each (B, heads, N, E / heads)."""
         batch, length, width = x.shape
-        q, k, v = self.qkv(x).view(batch, length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
+        return self.qkv(x).view(batch, length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
+
+    def join(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention of (B, heads, n, E / heads) queries to N keys and values, projected: (B, n, E)."""
         x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
-        return F.dropout(self.proj(x.transpose(1, 2).reshape(batch, length, width)), self.dropout, self.training)
+        x = self.proj(x.transpose(1, 2).flatten(2))
+        return F.dropout(x, self.dropout) if self.training and self.dropout else x
+
+    def forward(self, x: Tensor, at: Tensor | None = None) -> Tensor:
+        q, k, v = self.split(x)
+        if at is not None:
+            q = q.gather(2, at[:, None, :, None].expand(-1, self.heads, -1, q.shape[-1]))
+        return self.join(q, k, v)
 
 
 class MLP(nn.Module):
@@ -39,8 +55,10 @@ class MLP(nn.Module):
         self.fc2 = nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.dropout(F.gelu(self.fc1(x)), self.dropout, self.training)
-        return F.dropout(self.fc2(x), self.dropout, self.training)
+        drops = self.training and self.dropout
+        x = F.gelu(self.fc1(x))
+        x = self.fc2(F.dropout(x, self.dropout) if drops else x)
+        return F.dropout(x, self.dropout) if drops else x
 
 
 class Block(nn.Module):
@@ -53,8 +71,10 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
         self.mlp = MLP(width, dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.norm1(x))
+    def forward(self, x: Tensor, at: Tensor | None = None) -> Tensor:
+        """(B, N, E) -> (B, N, E), or the rows ``at`` (B, n) of it alone: (B, n, E)."""
+        rows = x if at is None else gather_tokens(x, at)
+        x = rows + self.attn(self.norm1(x), at)
         return x + self.mlp(self.norm2(x))
 
 
@@ -98,13 +118,25 @@ class MAR(nn.Module):
         ):  # fmt: skip
             nn.init.normal_(parameter, std=0.02)
 
-    def _blocks(self, blocks: nn.ModuleList, x: Tensor) -> Tensor:
-        for block in blocks:
+    def _blocks(self, blocks: nn.ModuleList, x: Tensor, at: Tensor | None = None) -> Tensor:
+        """All blocks in turn; the last gives the rows ``at`` (B, n) only, if asked."""
+        for i, block in enumerate(blocks):
+            rows = at if i == len(blocks) - 1 else None
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False)  # type: ignore[assignment]
+                x = checkpoint(block, x, rows, use_reentrant=False)  # type: ignore[assignment]
             else:
-                x = block(x)
+                x = block(x, rows)
         return x
+
+    def to_bf16(self) -> None:
+        """Weights in bfloat16, for sampling; the head's output layer stays float32. Half the bytes, and no casts."""
+        self.to(torch.bfloat16)
+        self.head.final_layer.linear.float()
+
+    def compile_blocks(self) -> None:
+        """Compile the blocks of encoder, decoder and head in place; names and weights stay."""
+        for block in [*self.encoder_blocks, *self.decoder_blocks, *self.head.res_blocks]:
+            block.compile()
 
     def class_embedding(self, labels: Tensor) -> Tensor:
         """(B,) classes in [0, num_classes], where num_classes stands for "no class" -> (B, E)."""
@@ -116,35 +148,52 @@ class MAR(nn.Module):
 
         Args:
             tokens: (B, L, D), read at visible positions only.
-            visible: (B, V) int64 positions, ascending, no repeats; V may be 0.
+            visible: (B, V) int64 positions in any order, no repeats; V may be 0.
             labels: (B,) classes; num_classes for none.
 
         Returns:
             (B, buffer_size + V, E).
         """
-        buffer = self.config.buffer_size
-        seen = tokens.gather(1, visible[..., None].expand(-1, -1, tokens.shape[-1]))
-        position = self.encoder_pos_embed_learned
-        positions_seen = F.embedding(visible, position[0, buffer:])  # [visible] would have a nondeterministic gradient
-        x = torch.cat(
-            [self.class_embedding(labels)[:, None] + position[:, :buffer], self.z_proj(seen) + positions_seen], dim=1
-        )
+        x = self.embed_tokens(tokens, visible, labels)
         return self.encoder_norm(self._blocks(self.encoder_blocks, self.z_proj_ln(x)))
 
-    def decode(self, encoded: Tensor, visible: Tensor) -> Tensor:
-        """Decoder over all positions. (B, buffer_size + V, E) from `encode`, (B, V) -> conditions (B, L, E)."""
-        buffer = self.config.buffer_size
-        x = self.decoder_embed(encoded)
-        batch, _, width = x.shape
-        hidden = self.mask_token.to(x.dtype).expand(batch, self.config.num_tokens, -1)
-        hidden = hidden.scatter(1, visible[..., None].expand(-1, -1, width), x[:, buffer:])
-        x = torch.cat([x[:, :buffer], hidden], dim=1) + self.decoder_pos_embed_learned
-        x = self.decoder_norm(self._blocks(self.decoder_blocks, x))
-        return x[:, buffer:] + self.diffusion_pos_embed_learned
+    def embed_seen(self, tokens: Tensor, visible: Tensor) -> Tensor:
+        """Projected tokens (B, L, D) at positions (B, V), with their position embedding: (B, V, E)."""
+        position = self.encoder_pos_embed_learned[0, self.config.buffer_size :]
+        seen = gather_tokens(tokens, visible).to(self.z_proj.weight.dtype)
+        return self.z_proj(seen) + F.embedding(visible, position)  # [visible] would have a nondeterministic gradient
 
-    def condition(self, tokens: Tensor, visible: Tensor, labels: Tensor) -> Tensor:
-        """The condition c of every token given the visible ones: `decode` of `encode`. -> (B, L, E)."""
-        return self.decode(self.encode(tokens, visible, labels), visible)
+    def embed_tokens(self, tokens: Tensor, visible: Tensor, labels: Tensor) -> Tensor:
+        """The encoder's input: copies of the class embedding, then visible tokens. -> (B, buffer_size + V, E)."""
+        classes = self.class_embedding(labels)[:, None] + self.encoder_pos_embed_learned[:, : self.config.buffer_size]
+        return torch.cat([classes, self.embed_seen(tokens, visible)], dim=1)
+
+    def decode(self, encoded: Tensor, visible: Tensor, target: Tensor | None = None) -> Tensor:
+        """Decoder over all positions. (B, buffer_size + V, E) from `encode`, (B, V) -> conditions (B, L, E).
+
+        With ``target`` (B, n), the conditions of these positions alone, (B, n, E), which saves most of the last block.
+        """
+        buffer = self.config.buffer_size
+        x = self.hide(self.decoder_embed(encoded), visible) + self.decoder_pos_embed_learned
+        if target is None:
+            x = self.decoder_norm(self._blocks(self.decoder_blocks, x))
+            return x[:, buffer:] + self.diffusion_pos_embed_learned
+        x = self.decoder_norm(self._blocks(self.decoder_blocks, x, buffer + target))
+        return x + F.embedding(target, self.diffusion_pos_embed_learned[0])
+
+    def hide(self, x: Tensor, visible: Tensor) -> Tensor:
+        """(B, buffer_size + V, E) -> (B, buffer_size + L, E): each token at its place, the mask token elsewhere."""
+        buffer = self.config.buffer_size
+        hidden = self.mask_token.to(x.dtype).expand(len(x), self.config.num_tokens, -1)
+        hidden = hidden.scatter(1, visible[..., None].expand(-1, -1, x.shape[-1]), x[:, buffer:])
+        return torch.cat([x[:, :buffer], hidden], dim=1)
+
+    def condition(self, tokens: Tensor, visible: Tensor, labels: Tensor, target: Tensor | None = None) -> Tensor:
+        """The condition c of every token given the visible ones: `decode` of `encode`. -> (B, L, E).
+
+        With ``target`` (B, n), of these positions alone: (B, n, E).
+        """
+        return self.decode(self.encode(tokens, visible, labels), visible, target)
 
     def backbone_parameters(self) -> list[nn.Parameter]:
         """All parameters but the head's."""
