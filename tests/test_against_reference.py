@@ -1,0 +1,135 @@
+"""The side-by-side with the reference MAR: its stand-ins, the map of names, the recorded numbers, what is reported."""
+
+import importlib.util
+import json
+import os
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from marval.config import SamplingConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIG = SamplingConfig(ar_steps=4, head_steps=5, guidance=2.9, guidance_schedule="linear")
+
+
+@pytest.fixture(scope="module")
+def benchmark() -> ModuleType:
+    file = ROOT / "benchmarks" / "against_reference.py"
+    spec = importlib.util.spec_from_file_location("against_reference", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["against_reference"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def checkout() -> Path:
+    """A checkout of LTH14/mar: $MARVAL_REFERENCE, or ../mar beside the project."""
+    path = Path(os.environ.get("MARVAL_REFERENCE", ROOT.parent / "mar"))
+    if not (path / "models" / "mar.py").is_file():
+        pytest.skip("needs a checkout of LTH14/mar: name it by MARVAL_REFERENCE")
+    return path
+
+
+@pytest.fixture(scope="module")
+def models(benchmark, checkout):
+    """The reference and our contenders, of a tiny size."""
+    network = benchmark.random_network(benchmark.SIZES["tiny"], torch.device("cpu"))
+    code = benchmark.load_code(checkout)
+    return benchmark.contenders(code, network, CONFIG.head_steps, CONFIG.guidance, 2, "float32", False)
+
+
+def test_weights_without_a_reference(benchmark):
+    network = benchmark.random_network(benchmark.SIZES["tiny"], torch.device("cpu"))
+    assert all(parameter.any() for parameter in network.parameters())
+    names = benchmark.their_names(network.state_dict())
+    assert "diffloss.net.res_blocks.1.mlp.0.weight" in names
+    assert "encoder_blocks.0.attn.qkv.weight" in names
+    assert not any(name.startswith("head.") for name in names)
+    assert len(names) == len(network.state_dict())
+
+
+def test_it_says_what_is_no_checkout(benchmark, tmp_path):
+    with pytest.raises(SystemExit, match=r"no checkout of LTH14/mar: it has no models/mar\.py"):
+        benchmark.main(["--reference", str(tmp_path), "--preset", "tiny"])
+
+
+def test_imports_leave_nothing_behind(benchmark, checkout):
+    before = (dict(sys.modules), list(sys.path), torch.Tensor.cuda)
+    benchmark.load_code(checkout)
+    assert (sys.path, torch.Tensor.cuda) == before[1:]
+    assert not {"models", "models.mar", "diffusion"} & (set(sys.modules) - set(before[0]))
+
+
+def test_same_tokens(benchmark, models):
+    labels = torch.tensor([3, 0])
+    errors = benchmark.compare(models[0], models[1:], CONFIG, labels)
+    assert set(errors) == {"teacher", "student"}
+    assert errors["teacher"] < 1e-5
+    unguided = benchmark.dataclasses.replace(CONFIG, guidance=1.0)
+    assert benchmark.compare(models[0], models[1:2], unguided, labels)["teacher"] < 1e-5
+
+
+def test_a_difference_is_found(benchmark, models):
+    """Another guidance, another temperature, other noise, other weights."""
+    labels = torch.tensor([1])
+    tape = benchmark.Tape()
+    with tape.recording(models[0].reference):
+        expected = models[0].draw(CONFIG, labels, clocked=False).tokens
+    for change in ({}, {"guidance": 3.0}, {"temperature": 0.0}):
+        config = benchmark.dataclasses.replace(CONFIG, **change)
+        noise = benchmark.Replay(tape, CONFIG.ar_steps, torch.device("cpu"))
+        error = benchmark.largest_error(models[1].draw(config, labels, False, noise=noise).tokens, expected)
+        assert (error > benchmark.TOLERANCE) == bool(change)
+    tape.starts[-1] = tape.starts[-1] + 0.1
+    noise = benchmark.Replay(tape, CONFIG.ar_steps, torch.device("cpu"))
+    assert (
+        benchmark.largest_error(models[1].draw(CONFIG, labels, False, noise=noise).tokens, expected)
+        > benchmark.TOLERANCE
+    )
+
+    models[1].model.network.mask_token[0, 0, 0] += 1  # also in the reference: the tensors are the same
+    try:
+        assert benchmark.compare(models[0], models[1:2], CONFIG, labels)["teacher"] < 1e-5
+    finally:
+        models[1].model.network.mask_token[0, 0, 0] -= 1
+    replaced = models[0].reference.mask_token
+    models[0].reference.mask_token = torch.nn.Parameter(replaced + 1)
+    try:
+        with pytest.raises(ValueError, match="teacher: a token differs by"):
+            benchmark.compare(models[0], models[1:2], CONFIG, labels)
+    finally:
+        models[0].reference.mask_token = replaced
+
+
+def test_the_whole_benchmark(benchmark, checkout, tmp_path, capsys):
+    file = tmp_path / "found.json"
+    words = ["--reference", str(checkout), "--preset", "tiny", "--ar-steps", "3", "--head-steps", "4", "--batch", "2"]
+    benchmark.main([*words, "--generations", "2", "--device", "cpu", "--json", str(file)])
+    found = json.loads(file.read_text())
+    rows = {row["model"]: row for row in found["rows"]}
+    assert list(rows) == [
+        "reference teacher", "teacher", "student", "teacher, full pass every 4", "student, full pass every 4",
+    ]  # fmt: skip
+    for name, row in rows.items():
+        assert row["measurements"] == 6
+        assert len(row["step_seconds"]) == len(row["reference_over_this_by_step"]) == 3
+        assert sum(row["parts"].values()) < 2 * 2 * row["seconds_per_image"]
+        assert row["head_steps"] == (1 if "student" in name else 4)
+        assert row["over_floor"] > 1
+    assert rows["reference teacher"]["reference_over_this"] == 1
+    reference, student = (rows[name]["seconds_per_image"] for name in ("reference teacher", "student"))
+    assert rows["student"]["reference_over_this"] == pytest.approx(reference / student)
+    assert rows["teacher"]["operations_per_image"] > 2 * rows["student"]["operations_per_image"]
+    assert found["errors"]["teacher"] < 1e-4
+    assert found["machine"]["cpu"]
+    assert str(checkout) not in file.read_text()  # no path of this machine
+    out = capsys.readouterr().out
+    assert "same tokens as the reference: teacher" in out
+    assert all(len(line) <= 120 for line in out.splitlines())
