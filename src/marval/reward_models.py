@@ -119,9 +119,11 @@ class ClipScore(BaseReward):
 class HpsScore(ClipScore):
     """100 times the cosine of image and prompt under HPSv2's CLIP-H (arXiv 2306.09341), at most 100.
 
-    The unit of the tables of its authors; their function ``score`` returns the cosine. Comparable only between images
-    of the same prompt, by their own word. Their file HPS_v2.1_compressed.pt goes into a folder with config.json, the
-    tokenizer's files and preprocessor_config.json of laion/CLIP-ViT-H-14-laion2B-s32B-b79K; the source is its path.
+    The unit of its authors' tables (v2.1: 25 to 31 for their models); their function ``score`` returns the cosine.
+    Comparable only between images of the same prompt and with the same version, by their own word.
+    HPS_v2.1_compressed.pt goes into a folder with config.json, the tokenizer's files and preprocessor_config.json of
+    laion/CLIP-ViT-H-14-laion2B-s32B-b79K; the source is its path. Square images are preprocessed as by other CLIPs;
+    the authors resize tensors, where torchvision's version decides on antialiasing, and pad images that are not square.
     """
 
 

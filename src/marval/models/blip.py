@@ -23,7 +23,7 @@ MAX_TOKENS = 35
 """What ImageReward was trained on; its authors cut longer prompts."""
 PIXEL_MEAN, PIXEL_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 _HEAD_WIDTH = 64  # of an attention head in every published ViT of BLIP
-_VISION_STARTS = {
+_STARTS = {
     "blip.visual_encoder.patch_embed.proj.": "vision.embeddings.patch_embedding.",
     "blip.visual_encoder.cls_token": "vision.embeddings.class_embedding",
     "blip.visual_encoder.pos_embed": "vision.embeddings.position_embedding",
@@ -45,8 +45,8 @@ def convert(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for name, tensor in tensors.items():
         if name.startswith(_UNUSED):
             continue
-        start = next((start for start in _VISION_STARTS if name.startswith(start)), "")
-        new = _VISION_STARTS.get(start, "") + name.removeprefix(start)
+        start = next((start for start in _STARTS if name.startswith(start)), "")
+        new = _STARTS.get(start, "") + name.removeprefix(start)
         if new.startswith("vision."):
             for part, replacement in _VISION_PARTS.items():
                 new = new.replace(part, replacement)
