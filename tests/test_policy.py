@@ -107,3 +107,16 @@ def test_group_policy_gradient_improves_a_black_box_reward():
             optimiser.step()
     assert averages[0] < 0.1
     assert sum(averages[-5:]) / 5 > 0.9
+
+
+def test_gradient_steps():
+    def chosen(*args, seed=0):
+        return policy.gradient_steps(*args, torch.Generator().manual_seed(seed))
+
+    assert chosen(8, 0, "last") == chosen(8, 0, "random") == frozenset(range(8))
+    assert chosen(8, 3, "last") == {5, 6, 7}
+    assert chosen(8, 3, "random") == chosen(8, 3, "random")
+    several = {chosen(8, 3, "random", seed=seed) for seed in range(10)}
+    assert len(several) > 5
+    assert all(len(steps) == 3 and steps <= set(range(8)) for steps in several)
+    assert frozenset.union(*several) == frozenset(range(8))

@@ -1,6 +1,7 @@
 """RL: both algorithms raise a simple reward, the anchors hold, runs stop early, bad rewards are refused."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import numpy as np
@@ -9,16 +10,18 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
+from marval.algorithms import Batch, GroupGradient, RewardGradient
 from marval.config import DistillConfig, GSIMConfig, RLConfig, StudentConfig
+from marval.costs import Work
 from marval.distill import distill
+from marval.masking import masked_counts
+from marval.monitor import image_statistics
 from marval.pipeline import Pipeline
 from marval.policy import gaussian_log_prob
 from marval.rewards import UserReward
-from marval.algorithms import Batch, GroupGradient
-from marval.monitor import image_statistics
 from marval.rl import rl
 from marval.run import autocast
-from marval.sampling import gather_tokens
+from marval.sampling import gather_tokens, last, unmask
 
 CODE = """
 def brightness(images, prompts):
@@ -39,6 +42,23 @@ def odd(images, prompts):
     return m if images.requires_grad else -m
 
 odd.differentiable = True
+
+def grey(images, prompts):
+    return -(brightness(images, prompts) - 0.5).square()
+
+grey.differentiable = True
+
+def killed(images, prompts):
+    from pathlib import Path
+    marker = Path(__file__).with_name("calls-left")
+    if marker.exists():
+        left = int(marker.read_text()) - 1
+        if left < 0:
+            raise KeyboardInterrupt
+        marker.write_text(str(left))
+    return brightness(images, prompts)
+
+killed.differentiable = True
 """
 CONFIG = RLConfig(
     steps=12, batch=16, ar_steps=4, ema=0.5, log_every=1, eval_every=4, eval_images=40, sample_every=0, patience=0,
@@ -88,16 +108,124 @@ def test_group_raises_a_black_box(file: Path, tmp_path: Path):
     assert inner > before
 
 
+def test_kl_holds_the_reward_gradient_too(file: Path, tmp_path: Path):
+    reward = {"reward": f"{file}:brightness", "std": 0.2}
+    free, held = (aligned(tmp_path / f"{kl}", **reward, kl=kl) for kl in (0.0, 0.3))
+    assert brightness(Pipeline.load(tiny.student())) < brightness(held) < brightness(free) - 0.02
+    rows = [row for row in tiny.metrics(tmp_path / "0.3") if "kl" in row]
+    assert rows[0]["kl"] == 0  # nothing has moved yet
+    assert all(row["kl"] > 0 for row in rows[1:])
+
+
+def test_both_algorithms_reach_the_same_reward(file: Path, tmp_path: Path):
+    """An optimum inside the range: both end near it, the black box by the policy gradient alone."""
+    reward = {"reward": f"{file}:grey", "ema": 0.8}
+    group = {"algorithm": "group", "batch": 64, "std": 0.2, "steps": 60}
+    reached = [
+        aligned(tmp_path / "gradient", **reward, steps=30, eval_every=30),
+        aligned(tmp_path / "group", **reward, **group, eval_every=60),
+    ]
+    start = tiny.metrics(tmp_path / "group")[0]["reward_heldout"]
+    ends = [tiny.metrics(tmp_path / name)[-1]["reward_heldout"] for name in ("gradient", "group")]
+    assert start < -0.03
+    assert all(end > 0.15 * start for end in ends), (start, ends)
+    assert abs(brightness(reached[0]) - brightness(reached[1])) < 0.05
+
+
+def test_random_steps(file: Path, tmp_path: Path):
+    """As many as asked, others in each update, the same in each run of a seed."""
+    reward = {"reward": f"{file}:brightness", "steps": 6, "grad_ar_steps": 1, "grad_ar_choice": "random"}
+    norms = []
+    for name in ("a", "b"):
+        aligned(tmp_path / name, **reward, gsim=GSIMConfig(lr=1e-9))
+        norms.append([row["grad_norm"] for row in tiny.metrics(tmp_path / name) if "grad_norm" in row])
+    aligned(tmp_path / "last", **reward | {"grad_ar_choice": "last"}, gsim=GSIMConfig(lr=1e-9))
+    last = [row["grad_norm"] for row in tiny.metrics(tmp_path / "last") if "grad_norm" in row]
+    assert norms[0] == norms[1]
+    assert max(norms[0]) > 1.5 * min(norms[0]), "tokens of early steps or of late ones: not the same gradient"
+    assert max(last) < 1.5 * min(last)
+
+
+def test_tokens_of_steps_without_gradient_are_constant():
+    student = Pipeline.load(tiny.student())
+    network, g = student.network.requires_grad_(True), torch.Generator().manual_seed(0)
+    z, orders = torch.randn(2, 16, 4, generator=g), torch.randperm(16, generator=g).repeat(2, 1)
+    counts = masked_counts(16, 4)
+    draw = student.draw(student.sampling)
+    for recompute in (False, True):
+        tokens = last(
+            unmask(network, draw, torch.tensor([1, 2]), orders, counts, z, guidance=1.5, grad_ar_steps={0, 2},
+                   checkpoint_ar_steps=recompute)
+        )  # fmt: skip
+        for k in range(4):
+            drawn = orders[:, 16 - counts[k] : 16 - counts[k + 1]]
+            part = gather_tokens(tokens, drawn).sum()
+            (gradient,) = torch.autograd.grad(part, network.head.input_proj.weight, retain_graph=True)
+            assert bool(gradient.any()) == (k in (0, 2)), k
+
+
+def test_memory_of_a_rollout_does_not_grow_with_the_steps(file: Path):
+    """With recomputation, twice the AR steps store twice the tokens and positions, and nothing else."""
+    model = Pipeline.load(tiny.student())
+    model.network.requires_grad_(True)
+    g = torch.Generator().manual_seed(0)
+    orders = torch.rand(32, 16, generator=g).argsort(1)
+    z, exploration = torch.randn(2, 32, 16, 4, generator=g)
+    labels, w = torch.arange(32) % 10, torch.full((32, 1), 1.5)
+    stored: dict[tuple[int, bool], int] = {}
+    for recompute in (True, False):
+        for steps in (4, 8):
+            config = RLConfig(ar_steps=steps, checkpoint_ar_steps=recompute)
+            reward = UserReward(lambda images, prompts: images.mean((1, 2, 3)))
+            algorithm = RewardGradient(model, reward, config, model.network)
+            batch = Batch(labels, [""] * 32, orders, z, w, exploration, frozenset(range(steps)))
+            with Work() as work:
+                loss, rollout = algorithm.loss(batch)
+                stored[steps, recompute] = work.alive
+                del loss, rollout
+    # tokens before each step and those that it draws, float32, and positions of visible and drawn ones, int64
+    per_step = 32 * 16 * (4 * 4 + 4 * 4 + 8 + 8)
+    assert stored[8, True] - stored[4, True] <= 4 * per_step
+    assert stored[8, False] - stored[4, False] > 20 * 4 * per_step
+
+
 def test_what_is_trained(file: Path, tmp_path: Path):
     before = load_file(tiny.student() / "model.safetensors")
-    for trained in ("head", "all"):
+    for trained in ("head", "all", "lora"):
         aligned(tmp_path / trained, reward=f"{file}:brightness", trained=trained, steps=4, anchor=1.0)
         after = load_file(tmp_path / trained / "model.safetensors")
         moved = {name for name in before if not torch.equal(before[name], after[name])}
         assert "head.input_proj.weight" in moved
-        assert any(not name.startswith("head.") for name in moved) == (trained == "all")
+        assert after.keys() == before.keys(), "adapters are merged"
+        assert any(not name.startswith("head.") for name in moved) == (trained != "head")
         scores = load_file(tmp_path / trained / "scores.safetensors")
-        assert any(name.startswith("teacher.encoder_blocks") for name in scores) == (trained == "all")
+        assert any(name.startswith("teacher.encoder_blocks") for name in scores) == (trained != "head")
+        if trained == "lora":
+            assert not moved & {name for name in before if before[name].ndim == 1}
+            difference = after["decoder_blocks.0.mlp.fc1.weight"] - before["decoder_blocks.0.mlp.fc1.weight"]
+            assert torch.linalg.matrix_rank(difference, rtol=1e-3) <= 8
+            model = Pipeline.load(tmp_path / trained)
+            more = dataclasses.replace(CONFIG, reward=f"{file}:brightness", anchor=1.0, steps=2, trained="lora")
+            assert rl(more, tmp_path / trained, tmp_path / "more").student == model.student
+
+
+def test_adapters_learn_resume_and_serve_both_algorithms(file: Path, tmp_path: Path):
+    before = brightness(Pipeline.load(tiny.student()))
+    lora = {"trained": "lora", "lora_rank": 2, "save_every": 4, "anchor": 0.1}
+    whole = aligned(tmp_path / "whole", reward=f"{file}:killed", **lora)
+    assert brightness(whole) > before + 0.05
+    marker = file.with_name("calls-left")
+    marker.write_text("30")  # calls of the reward: a probe, 12 of the first looks, then 1 per update and 3 per look
+    with pytest.raises(KeyboardInterrupt):
+        aligned(tmp_path / "part", reward=f"{file}:killed", **lora)
+    assert json.loads((tmp_path / "part" / "meta.json").read_text())["step"] == 8
+    marker.unlink()
+    rl(dataclasses.replace(CONFIG, reward=f"{file}:killed", **lora), tiny.student(), tmp_path / "part", resume=True)
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("whole", "part")]
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+    assert tiny.metrics(tmp_path / "whole") == tiny.metrics(tmp_path / "part")
+    group = {"reward": f"{file}:black_box", "algorithm": "group", "batch": 32, "std": 0.2, "kl": 0.01}
+    assert brightness(aligned(tmp_path / "group", **group, **lora)) > before + 0.02
 
 
 def test_hinge_and_truncated_gradients(file: Path, tmp_path: Path):
@@ -124,6 +252,60 @@ def test_early_stop_keeps_the_best(file: Path, tmp_path: Path, capsys: pytest.Ca
     assert model.provenance["best_update"] == 0
     before, after = (load_file(path / "model.safetensors") for path in (tiny.student(), tmp_path / "run"))
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_collapsing_run_stops_and_leaves_its_start(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """The reward grows and grows, so only the alarms can tell."""
+    changes = {"reward": f"{file}:brightness", "patience": 2, "steps": 100, "classifier": str(tiny.classifier())}
+    model = aligned(tmp_path / "run", **changes)
+    err = capsys.readouterr().err
+    assert "ALARM update 4: brightness_heldout" in err
+    assert "(3 spreads over 4 seeds of the starting student)" in err
+    assert "stopped: collapsed: " in err
+    assert err.rstrip().endswith("; best is update 0")
+    rows = [row for row in tiny.metrics(tmp_path / "run") if "alarms" in row]
+    assert len(rows) == 3
+    assert [row["alarms"] >= 5 for row in rows] == [False, True, True]
+    assert rows[0]["brightness_heldout_low"] < rows[0]["brightness_heldout"] < rows[0]["brightness_heldout_high"]
+    assert rows[1]["alarm_brightness_heldout"] > 3
+    assert rows[2]["reward_heldout"] > rows[1]["reward_heldout"] > rows[0]["reward_heldout"]
+    assert model.provenance["best_update"] == 0
+    before, after = (load_file(path / "model.safetensors") for path in (tiny.student(), tmp_path / "run"))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    metrics = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    rl(dataclasses.replace(CONFIG, **changes), tiny.student(), tmp_path / "run", resume=True)
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == metrics
+
+
+def test_target_and_held_out_rewards(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    start = brightness(Pipeline.load(tiny.student()))
+    changes = {"reward": f"{file}:brightness", "held_out": f"{file}:darkness", "select": "reward", "steps": 100}
+    aligned(tmp_path / "run", **changes, target=start + 0.05)
+    assert "stopped: held-out reward 0." in capsys.readouterr().err
+    rows = [row for row in tiny.metrics(tmp_path / "run") if "darkness_heldout" in row]
+    assert rows[-1]["reward_heldout"] >= start + 0.05 > rows[-2]["reward_heldout"]
+    assert rows[-1]["darkness_heldout"] == pytest.approx(-rows[-1]["reward_heldout"], abs=1e-5)
+    assert Pipeline.load(tmp_path / "run").provenance["best_update"] == rows[-1]["step"]
+    stopped = aligned(tmp_path / "held-out", **changes | {"select": "auto"}, patience=1, collapse=0)
+    assert stopped.provenance["best_update"] == 0  # the brighter, the worse
+    folder = str(tiny.classifier())
+    stopped = aligned(
+        tmp_path / "fid", **changes | {"select": "fid"}, classifier=folder, patience=1, collapse=0
+    )  # fmt: skip
+    assert stopped.provenance["best_update"] == 0
+
+
+def test_schedule_of_the_anchor(file: Path, tmp_path: Path):
+    config = RLConfig(anchor=2.0, anchor_final=0.5, steps=4)
+    assert [config.anchor_at(step) for step in range(4)] == [2.0, 1.5, 1.0, 0.5]
+    assert RLConfig(anchor=2.0).anchor_at(77) == 2.0
+    reward = {"reward": f"{file}:brightness", "steps": 3, "eval_every": 3}
+    weights = {}
+    for name, anchor in (("constant", {}), ("falling", {"anchor_final": 0.0})):
+        aligned(tmp_path / name, **reward, anchor=3.0, **anchor)
+        weights[name] = [row["grad_norm"] for row in tiny.metrics(tmp_path / name) if "grad_norm" in row]
+    assert weights["constant"][0] == weights["falling"][0]
+    assert weights["constant"][1] > weights["falling"][1]
 
 
 def test_saving_the_best_leaves_the_average_alone(file: Path, tmp_path: Path):
@@ -176,6 +358,8 @@ def test_what_is_refused(file: Path, tmp_path: Path):
     for changes in (
         {"batch": 12, "algorithm": "group"}, {"group_size": 1, "algorithm": "group"}, {"grad_ar_steps": 9},
         {"std": 0.0}, {"anchor": -1.0}, {"clip": 0.0}, {"inner_updates": 0}, {"algorithm": "ppo"}, {"eval_images": 0},
+        {"lora_rank": 0}, {"trained": "tail"}, {"grad_ar_choice": "first"}, {"select": "fid"}, {"select": "judge"},
+        {"select": "held-out"}, {"range_seeds": 1}, {"range_width": 0.0}, {"collapse": -1}, {"anchor_final": -2.0},
     ):  # fmt: skip
         with pytest.raises(ValueError, match=f"{next(iter(changes))}.*{next(iter(changes.values()))}"):
             RLConfig(**changes)
@@ -211,7 +395,8 @@ def test_bf16_recomputes_the_log_probability_exactly():
     g = torch.Generator().manual_seed(0)
     z, exploration = torch.randn(2, 4, 16, 4, generator=g)
     orders = torch.stack([torch.randperm(16, generator=g) for _ in range(2)]).repeat_interleave(2, dim=0)
-    batch = Batch(torch.tensor([1, 1, 2, 2]), [""] * 4, orders, z, torch.full((4, 1), 1.5), exploration, frozenset(range(4)))
+    w, steps = torch.full((4, 1), 1.5), frozenset(range(4))
+    batch = Batch(torch.tensor([1, 1, 2, 2]), [""] * 4, orders, z, w, exploration, steps)
     rollout = algorithm.draw(batch)
     for k in range(4):
         with autocast(config, z.device):

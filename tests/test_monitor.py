@@ -1,0 +1,114 @@
+"""Held-out numbers, the starting student's ranges, alarms."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+from marval.config import RLConfig
+from marval.distributed import connect
+from marval.monitor import Monitor, image_statistics, short_name
+from marval.pipeline import Pipeline
+from marval.rewards import UserReward
+
+CONFIG = RLConfig(batch=16, ar_steps=4, eval_images=60, prompt="a {class}")
+STATISTICS = {"brightness", "contrast", "saturation", "edge_density", "clipped", "entropy"}
+
+
+def brightness(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+    return images.mean((1, 2, 3))
+
+
+def monitor(**changes: object) -> tuple[Monitor, Pipeline]:
+    student = Pipeline.load(tiny.student())
+    config = dataclasses.replace(CONFIG, **changes)
+    return Monitor.make(config, student, UserReward(brightness), connect("cpu")), student
+
+
+def dark() -> Pipeline:
+    """The student, painting everything black."""
+    student = Pipeline.load(tiny.student())
+    with torch.no_grad():
+        for parameter in student.network.head.final_layer.parameters():
+            parameter.zero_()
+        student.network.head.final_layer.linear.bias[:4] = 40.0  # predicted noise, so the token is at its lowest value
+    return student
+
+
+def test_colours():
+    grey = torch.full((2, 3, 4, 4), 0.5)
+    assert image_statistics(grey)["saturation"] == image_statistics(grey)["entropy"] == 0
+    red = torch.stack([torch.tensor([1.0, 0.0, 0.0]), torch.tensor([0.0, 0.0, 1.0])])[:, :, None, None]
+    values = image_statistics(red.expand(2, 3, 4, 4))
+    assert values["saturation"] == values["clipped"] == 1
+    assert values["entropy"] == pytest.approx(1)  # two colours, though each image has but one
+    assert values["edge_density"] == 0
+    assert values["brightness"] == pytest.approx(1 / 3)
+
+
+def test_short_names():
+    assert short_name("pickscore:yuvalkirstain/PickScore_v1") == "pickscore"
+    assert short_name("some/folder/rewards.py:ink") == "ink"
+    assert short_name("reads-class") == "reads-class"
+
+
+def test_what_is_watched(tmp_path: Path):
+    (tmp_path / "more.py").write_text("def darkness(images, prompts):\n    return 1 - images.mean((1, 2, 3))\n")
+    folder = str(tiny.classifier())
+    watching, student = monitor(
+        judge=folder, classifier=folder, held_out=f"{tmp_path / 'more.py'}:darkness, reads-class", reference="digits"
+    )
+    values = watching.look(student)
+    names = STATISTICS | {"reward", "darkness", "reads-class", "judge", "accuracy", "fid", "kid", "precision", "recall"}
+    assert values.keys() == {f"{name}_heldout" for name in names}
+    assert values == watching.look(student)
+    assert values["darkness_heldout"] == pytest.approx(1 - values["reward_heldout"])
+    assert values["reward_heldout"] == pytest.approx(values["brightness_heldout"], abs=1e-6)
+    assert values["accuracy_heldout"] == pytest.approx(values["reads-class_heldout"])
+    assert values["fid_heldout"] != watching.look(student, 1)["fid_heldout"]
+    assert watching.score(values) == values["judge_heldout"]
+    for select, expected in (("fid", -values["fid_heldout"]), ("held-out", values["darkness_heldout"])):
+        config = dataclasses.replace(watching.config, select=select)
+        assert dataclasses.replace(watching, config=config).score(values) == expected
+
+
+def test_alarms():
+    """The student itself raises none on other seeds; a black one does; and a better number is never one."""
+    watching, student = monitor(judge=str(tiny.classifier()))
+    first = watching.look(student)
+    assert first["fid_heldout"] < 0.1 * watching.look(dark())["fid_heldout"]  # against the student's own images
+    ranges = watching.ranges(student, first)
+    for name, (mean, spread) in ranges.items():
+        assert spread >= 0.02 * abs(mean)
+        assert abs(first[name] - mean) < 3 * spread
+    assert watching.alarms(first, ranges) == {}
+    black = watching.look(dark())
+    assert black["brightness_heldout"] < 0.01
+    alarms = watching.alarms(black, ranges)
+    expected = {"reward", "brightness", "contrast", "clipped", "edge_density", "entropy", "fid", "kid", "recall"}
+    assert {f"{name}_heldout" for name in expected} <= alarms.keys()
+    assert alarms["brightness_heldout"] < 0 < alarms["fid_heldout"]
+    better = {"reward_heldout": 1e3, "fid_heldout": 0.0, "precision_heldout": 2.0, "accuracy_heldout": 2.0}
+    assert watching.alarms(first | better, ranges) == {}
+    low, high = watching.limits("brightness_heldout", ranges)
+    line = watching.line(20, "brightness_heldout", 0.0, ranges)
+    expected_line = f"ALARM update 20: brightness_heldout 0 is outside {low:.4g} .. {high:.4g} (3 spreads over 4 seeds"
+    assert line.startswith(expected_line)
+    assert watching.stated(ranges)["brightness_heldout_low"] == low
+    wide = dataclasses.replace(watching, config=dataclasses.replace(watching.config, range_width=1e6))
+    assert wide.alarms(black, ranges) == {}
+
+
+def test_without_a_network_there_are_no_distances():
+    watching, student = monitor()
+    assert watching.look(student).keys() == {f"{name}_heldout" for name in STATISTICS | {"reward"}}
+    assert watching.score({"reward_heldout": 3.0}) == 3.0
+
+
+def test_a_wrong_network_is_refused(tmp_path: Path):
+    with pytest.raises(ValueError, match="no feature network 'nothing'"):
+        monitor(features="nothing")
+    with pytest.raises(ValueError, match="unknown reward 'beauty'"):
+        monitor(held_out="beauty")
