@@ -1,14 +1,19 @@
 """Low-rank adapters: the identity at first, alone trained, and merged into a plain network that computes the same."""
 
 import copy
+from pathlib import Path
 
 import pytest
+import tiny
 import torch
+from safetensors.torch import load_file
+from test_distributed import torchrun
 from torch.testing import assert_close
 
-from marval.config import MARConfig
+from marval.config import MARConfig, RLConfig
 from marval.models.lora import Adapters, adapt
 from marval.models.mar import MAR
+from marval.rl import rl
 
 CONFIG = MARConfig(
     grid=4, token_dim=4, num_classes=3, width=32, depth=1, heads=2, buffer_size=2, head_width=24, head_depth=2
@@ -82,3 +87,35 @@ def test_merged_weights_compute_the_same():
 def test_rank():
     with pytest.raises(ValueError, match="rank of adapters must be at least 1, got 0"):
         adapt(network(), 0)
+
+
+def work(out: Path, student: Path, classifier: Path, **how: object) -> None:
+    """RL of adapters, with everything that the processes share."""
+    config = RLConfig(
+        steps=3, batch=10, log_every=1, save_every=3, sample_every=0, ar_steps=4, classifier=str(classifier),
+        judge=str(classifier), held_out="reads-class", eval_every=3, eval_images=21, trained="lora", lora_rank=2,
+        kl=0.1, grad_ar_steps=2, grad_ar_choice="random", range_seeds=2, **how,
+    )  # fmt: skip
+    rl(config, student, out)
+
+
+def test_adapters_split_over_two_processes_are_those_of_one(tmp_path: Path):
+    """Saved whole, merged and equal."""
+    folders = [str(path) for path in (tiny.student(), tiny.classifier())]
+    work(tmp_path / "one", *map(Path, folders))
+    script = tmp_path / "two.py"
+    script.write_text(
+        f"import sys\nfrom pathlib import Path\nsys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "from test_lora import work\nfrom marval.distributed import disconnect\n"
+        f"work(*map(Path, {[str(tmp_path / 'two'), *folders]!r}), shard=True)\ndisconnect()\n"
+    )
+    torchrun(2, script)
+    rows = [tiny.metrics(tmp_path / name) for name in ("one", "two")]
+    for one, two in zip(*rows, strict=True):
+        assert one.keys() == two.keys()
+        for name in one.keys() - {"entropy"}:  # of the rollouts, per part
+            assert two[name] == pytest.approx(one[name], rel=2e-3, abs=1e-3), name
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("one", "two")]
+    assert weights[0].keys() == weights[1].keys() == load_file(tiny.student() / "model.safetensors").keys()
+    for name, value in weights[0].items():
+        assert_close(weights[1][name], value, rtol=0, atol=1e-3)
