@@ -70,7 +70,9 @@ def main() -> None:
         if args.name == "fashion-mnist":
             class_names = FASHION
     elif args.name == "imagenette64":
-        parser.error(f"{args.folder} has no read_data.py; `marval train --data` takes Imagenette's own folders as they are")
+        parser.error(
+            f"{args.folder} has no read_data.py; `marval train --data` takes Imagenette's own folders as they are"
+        )
     else:
         splits = {"fashion-mnist": fashion_mnist, "cifar10": cifar10}[args.name](args.folder)
         class_names = {"fashion-mnist": FASHION, "cifar10": CIFAR}[args.name]
@@ -84,7 +86,6 @@ def main() -> None:
         "licence": np.array(LICENCES[args.name]),
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)
-
 
     def write(path: Path) -> None:
         with open(path, "wb") as file:  # given a path, numpy appends .npz to it

@@ -350,7 +350,8 @@ class RLConfig(RunConfig):
     range_width: float = 3.0
     """A held-out number raises an alarm if it is further from the starting student's mean than this many spreads."""
     collapse: int = 5
-    """A model with so many alarms at once counts as collapsed: never the best; 0 for never."""
+    """A model with so many alarms at once, one of them no mere image statistic, counts as collapsed, and is never the
+    best; 0 for never."""
     gsim: GSIMConfig = GSIMConfig(lr=1e-4, auxiliary_lr=2e-4)
     """The anchor's objective, and the learning rates of student and auxiliary."""
 
@@ -474,6 +475,7 @@ class EvaluateConfig:
             "ar_steps": numbers(self.ar_steps, int, "ar_steps"),
             "head_steps": numbers(self.head_steps, int, "head_steps"),
         }
-        fixed = {name: getattr(self, name) for name in ("guidance_schedule", "solver", "temperature", "order", "refresh_every")}
+        names = ("guidance_schedule", "solver", "temperature", "order", "refresh_every")
+        fixed = {name: getattr(self, name) for name in names}
         combinations = itertools.product(*(values or [None] for values in swept.values()))
         return [dict(zip(swept, values, strict=True)) | fixed for values in combinations]

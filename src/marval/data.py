@@ -157,14 +157,15 @@ def _npz(path: Path, split: Split, image_size: int | None, classes: Classes) -> 
     if not keep.any():
         raise ValueError(f"{path}: the {split} split is empty")
     labels, names = class_labels(labels[keep].astype(np.int64), names, classes, path)
-    source, licence = (str(arrays.get(name, default)) for name, default in (("source", path), ("licence", "not stated")))
+    source, licence = str(arrays.get("source", path)), str(arrays.get("licence", "not stated"))
     images = images[keep]
     return ImageDataset(images if image_size is None else _resize(images, image_size), labels, names, source, licence)
 
 
 def _resize(images: np.ndarray, size: int) -> np.ndarray:
     """uint8 NHWC, centre-cropped and scaled."""
-    crops = [center_crop(Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image), size) for image in images]
+    pictures = (Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image) for image in images)
+    crops = [center_crop(picture, size) for picture in pictures]
     return np.stack([np.asarray(crop).reshape(size, size, -1) for crop in crops])
 
 

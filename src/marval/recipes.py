@@ -58,8 +58,8 @@ def digits_aligned() -> RLConfig:
 def fashion_mnist_teacher() -> TrainConfig:
     """Fashion-MNIST, 28x28 grey, as 49 tokens of 4x4 pixels: 128 wide, 3+3 blocks, head 3x192; 1.9 M parameters."""
     return TrainConfig(
-        data="data/fashion-mnist.npz", patch_size=4, steps=6000, batch=64, lr=2e-3, warmup=200, ema=0.999, precision="bf16",
-        head_batch_mul=2, mask_ratios="inference", save_every=250, sample_every=1000,
+        data="data/fashion-mnist.npz", patch_size=4, steps=6000, batch=64, lr=2e-3, warmup=200, ema=0.999,
+        precision="bf16", head_batch_mul=2, mask_ratios="inference", save_every=250, sample_every=1000,
         model=MARConfig(width=128, depth=3, heads=4, buffer_size=8, head_width=192, head_depth=3),
         sampling=SamplingConfig(ar_steps=16, guidance=1.5, head_steps=100),
     )  # fmt: skip

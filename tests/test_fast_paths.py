@@ -1,0 +1,182 @@
+"""Fast paths draw the same images as the plain one: targets only, cached backbone, bf16 weights, compiled, graphs."""
+
+import itertools
+import shutil
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from marval import masking
+from marval.config import MARConfig, SamplingConfig, StudentConfig
+from marval.graphs import Graphs, plainly
+from marval.models.cached import CachedBackbone
+from marval.models.mar import MAR, gather_tokens
+from marval.pipeline import Pipeline
+from marval.rng import ImageNoise, generator
+from marval.tokenizers import PixelTokenizer
+
+L, COUNTS = 16, [16, 13, 8, 3, 0]
+
+
+def network(depth: int = 2) -> MAR:
+    """Random weights without zeros: a fresh head's last layers are zero, and its output depends on nothing."""
+    config = MARConfig(grid=4, token_dim=4, num_classes=3, width=32, depth=depth, heads=4, buffer_size=3,
+                       head_width=32, head_depth=2)  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(5)
+        mar, g = MAR(config), generator(5)
+    with torch.no_grad():
+        for parameter in mar.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=g))
+    return mar.eval()
+
+
+def states() -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens, orders as the AR loop has them, labels."""
+    noise = ImageNoise(3, [0, 1])
+    orders = masking.sorted_within_steps(noise.permutation(L), COUNTS)
+    return noise.randn(L, 4), orders, torch.tensor([2, 3])
+
+
+def asked(orders: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Visible positions and those to be drawn in AR step k."""
+    first, end = L - COUNTS[k], L - COUNTS[k + 1]
+    return orders[:, :first], orders[:, first:end]
+
+
+def model(student: bool, depth: int = 2) -> Pipeline:
+    settings = SamplingConfig(ar_steps=5, head_steps=4, guidance=2.0)
+    return Pipeline(network(depth), PixelTokenizer(image_size=8, channels=1, patch_size=2), ["a", "b", "c"], settings,
+                    StudentConfig(guidance=2.0) if student else None)  # fmt: skip
+
+
+def test_one_sort_serves_all_ar_steps():
+    orders = ImageNoise(1, [0, 1, 2]).permutation(L)
+    for counts in (COUNTS, [11, 8, 3, 0], [16, 10, 4]):  # generation; inpainting; a rollout that stops early
+        grouped, borders = masking.sorted_within_steps(orders, counts), [0, *(L - c for c in counts), L]
+        for first, end in itertools.pairwise(borders):
+            assert torch.equal(grouped[:, first:end], orders[:, first:end].sort(dim=1).values)
+
+
+@pytest.mark.parametrize("k", range(4))
+def test_conditions_of_the_drawn_tokens_are_those_of_all(k: int):
+    mar, (tokens, orders, labels) = network(), states()
+    visible, target = asked(orders, k)
+    every = mar.condition(tokens, visible, labels)
+    assert_close(mar.condition(tokens, visible, labels, target), gather_tokens(every, target), rtol=1e-5, atol=1e-5)
+    ascending = mar.condition(tokens, visible.sort(dim=1).values, labels)
+    assert_close(every, ascending, rtol=1e-5, atol=1e-5)
+
+
+def test_a_full_pass_of_the_cached_backbone_is_exact():
+    mar, (tokens, orders, labels) = network(), states()
+    cached = CachedBackbone(mar, refresh_every=1)
+    for k in range(4):
+        visible, target = asked(orders, k)
+        exact = mar.condition(tokens, visible, labels, target)
+        assert_close(cached.condition(tokens, orders, COUNTS, k, labels), exact, rtol=1e-5, atol=1e-5)
+
+
+def test_a_cheap_pass_is_exact_where_old_tokens_do_not_change():
+    """One block, whose encoder does not mix tokens: then the cached keys and values are as good as new."""
+    mar, (tokens, orders, labels) = network(depth=1), states()
+    with torch.no_grad():
+        for parameter in mar.encoder_blocks[0].get_submodule("attn.proj").parameters():
+            parameter.zero_()
+    cached, both = CachedBackbone(mar, refresh_every=4), torch.cat([labels, torch.full((2,), 3)])
+    for k in range(4):
+        visible, target = (x.repeat(2, 1) for x in asked(orders, k))
+        exact = mar.condition(tokens.repeat(2, 1, 1), visible, both, target)
+        assert_close(cached.condition(tokens, orders, COUNTS, k, both), exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("student", [True, False])
+def test_refresh_every(student: bool):
+    pipeline = model(student)
+    draw = [pipeline.sample_tokens([0, 1, None], seed=4, refresh_every=n) for n in (1, 2, 5)]
+    assert draw[1].isfinite().all()
+    assert not torch.equal(draw[0], draw[1])
+    assert not torch.equal(draw[1], draw[2])
+    alone = pipeline.sample_tokens([1], seed=4, first_image=1, refresh_every=2)
+    assert_close(alone[0], draw[1][1], rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="refresh_every must be at least 1, got 0"):
+        pipeline.sample(0, refresh_every=0)
+
+
+def test_the_cached_backbone_moves_a_trained_model_little():
+    pipeline = Pipeline.load(tiny.student())
+    exact, cached = (pipeline.sample_tokens([0, 1, 2, 3] * 8, seed=1, refresh_every=n) for n in (1, 2))
+    other = pipeline.sample_tokens([0, 1, 2, 3] * 8, seed=2)
+    assert float((exact - cached).square().mean()) < 0.5 * float((exact - other).square().mean())
+
+
+def test_halton_order_spreads_the_tokens():
+    order = masking.halton_order(8)
+    assert sorted(order.tolist()) == list(range(64))
+
+    def nearest(positions: Tensor) -> float:
+        points = torch.stack([positions // 8, positions % 8], dim=1).double()
+        return float((torch.cdist(points, points) + 99 * torch.eye(len(points))).min(dim=1).values.mean())
+
+    random = [nearest(ImageNoise(0, [i]).permutation(64)[0, :16]) for i in range(20)]
+    assert nearest(order[:16]) > 1.2 * float(np.mean(random))
+    moved = masking.shifted(order, 8, torch.tensor([0, 9]))
+    assert moved[0].equal(order)
+    assert sorted(moved[1].tolist()) == list(range(64))
+    assert int(moved[1, 0]) == (order[0] // 8 + 1) % 8 * 8 + (order[0] % 8 + 1) % 8
+
+
+def test_halton_order_of_an_image_does_not_depend_on_the_batch():
+    pipeline = model(student=True)
+    together = pipeline.sample_tokens([0, 1, 2], seed=1, order="halton")
+    assert_close(pipeline.sample_tokens([1], seed=1, first_image=1, order="halton")[0], together[1])
+    assert not torch.equal(together, pipeline.sample_tokens([0, 1, 2], seed=1))
+
+
+@pytest.mark.parametrize("folder", [tiny.teacher, tiny.student])
+def test_bf16_weights(folder):
+    plain, half = Pipeline.load(folder()), Pipeline.load(folder(), dtype="bf16")
+    dtypes = {p.dtype for name, p in half.network.named_parameters() if "final_layer.linear" not in name}
+    assert dtypes == {torch.bfloat16}
+    assert half.network.head.final_layer.linear.weight.dtype == torch.float32
+    a, b = (m.sample([0, 1, 2, 3], seed=2).astype(float) for m in (plain, half))
+    assert not np.array_equal(a, b)
+    assert np.abs(a - b).mean() < 10  # of 255
+    with pytest.raises(ValueError, match="unknown dtype 'half'"):
+        Pipeline.load(folder(), dtype="half")  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore")  # of torch's own compiler
+def test_compiled():
+    plain, compiled = model(student=True, depth=1), model(student=True, depth=1).accelerate(compile=True)
+    assert_close(compiled.sample_tokens([0, 1], seed=1), plain.sample_tokens([0, 1], seed=1), rtol=1e-4, atol=1e-4)
+
+
+def test_graphs_need_cuda():
+    pipeline = model(student=True)
+    with pytest.raises(ValueError, match="CUDA graphs need a CUDA device, but the model is on cpu"):
+        pipeline.accelerate(graphs=True)
+    assert pipeline.call is plainly
+    pipeline.call = Graphs()
+    with pytest.raises(ValueError, match="refresh_every 2 does not work with CUDA graphs"):
+        pipeline.settings(refresh_every=2)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("student", [True, False])
+def test_graphs_draw_the_same(student: bool):
+    plain, graphed = (model(student).to("cuda") for _ in range(2))
+    graphed.accelerate(graphs=True)
+    for seed in (1, 2):
+        for settings in ({}, {"guidance_schedule": "linear"} if not student else {}, {"ar_steps": 3}):
+            expected = plain.sample_tokens([0, 1, None], seed=seed, **settings)
+            assert_close(graphed.sample_tokens([0, 1, None], seed=seed, **settings), expected, rtol=1e-4, atol=1e-4)
+    assert isinstance(graphed.call, Graphs)
+    recorded = len(graphed.call)
+    graphed.sample_tokens([2, 1, 0], seed=3)
+    assert len(graphed.call) == recorded
