@@ -322,41 +322,45 @@ class Ours:
         return Measured(tokens.float(), [b - a for a, b in itertools.pairwise(times)], seconds)
 
 
+def pipelines(
+    network: MAR, guidance: float, dtype: str = "float32", graphs: bool = False, compile: bool = False
+) -> dict[str, Pipeline]:
+    """A teacher and a one-step student of the network's weights, copied where they are changed; they draw tokens."""
+    c = network.config
+    if dtype == "bf16" or compile:
+        network = copy_of(network)
+    if dtype == "bf16":
+        network.to_bf16()
+    if compile:
+        network.compile_blocks()
+    tokenizer = LatentTokenizer(
+        image_size=c.grid * STRIDE, channels=c.token_dim, patch_size=1, stride=STRIDE, scale=1.0
+    )
+    names = [str(i) for i in range(c.num_classes)]
+    sampling = SamplingConfig(ar_steps=1, guidance=guidance, guidance_schedule="linear")
+    constant, student = dataclasses.replace(sampling, guidance_schedule="constant"), StudentConfig(guidance=guidance)
+    return {
+        "teacher": Pipeline(network, tokenizer, names, sampling).accelerate(graphs),
+        "student": Pipeline(network, tokenizer, names, constant, student).accelerate(graphs),
+    }
+
+
 def contenders(
-    code: ModuleType | None, network: MAR, head_steps: int, guidance: float, refresh_every: int, dtype: str, fast: bool
+    code: ModuleType, network: MAR, head_steps: int, guidance: float, refresh_every: int, dtype: str, fast: bool
 ) -> list[Theirs | Ours]:
     """The reference and ours; the latter with a cached backbone, and, if ``fast``, compiled and from CUDA graphs."""
-    c, device = network.config, network.fake_latent.device
-    found: list[Theirs | Ours] = [] if code is None else [Theirs(reference_from(code, network, head_steps), dtype)]
-    if dtype == "bf16":
-        network = copy_of(network)
-        network.to_bf16()
-    size = c.grid * STRIDE
-    tokenizer = LatentTokenizer(image_size=size, channels=c.token_dim, patch_size=1, stride=STRIDE, scale=1.0)
-    names = [str(i) for i in range(c.num_classes)]
-    given = {"guidance": guidance, "ar_steps": min(16, c.num_tokens)}
-
-    def pipelines(network: MAR) -> dict[str, Pipeline]:
-        student = StudentConfig(guidance=guidance)
-        linear, constant = (SamplingConfig(**given, guidance_schedule=s) for s in ("linear", "constant"))  # pyright: ignore
-        return {
-            "teacher": Pipeline(network, tokenizer, names, linear),
-            "student": Pipeline(network, tokenizer, names, constant, student),
-        }
-
-    plain = pipelines(network)
+    found: list[Theirs | Ours] = [Theirs(reference_from(code, network, head_steps), dtype)]
+    plain = pipelines(network, guidance, dtype)
     found += [Ours(model, name) for name, model in plain.items()]
     if refresh_every > 1:
-        found += [
-            Ours(model, f"{name}, full pass every {refresh_every}", refresh_every) for name, model in plain.items()
-        ]
+        found += [Ours(m, f"{name}, full pass every {refresh_every}", refresh_every) for name, m in plain.items()]
     if fast:
-        found += [
-            Ours(model.accelerate(compile=True), f"{n}, compiled") for n, model in pipelines(copy_of(network)).items()
-        ]
-        if device.type == "cuda":
-            graphed = pipelines(network)
-            found += [Ours(model.accelerate(graphs=True), f"{name}, graphs") for name, model in graphed.items()]
+        modes = {"compiled": {"compile": True}}
+        if network.fake_latent.device.type == "cuda":
+            modes |= {"graphs": {"graphs": True}, "compiled, graphs": {"compile": True, "graphs": True}}
+        for mode, settings in modes.items():
+            fast_ones = pipelines(network, guidance, dtype, **settings)
+            found += [Ours(model, f"{name}, {mode}") for name, model in fast_ones.items()]
     return found
 
 
