@@ -90,6 +90,9 @@ def test_alarms():
     expected = {"reward", "brightness", "contrast", "clipped", "edge_density", "entropy", "fid", "kid", "recall"}
     assert {f"{name}_heldout" for name in expected} <= alarms.keys()
     assert alarms["brightness_heldout"] < 0 < alarms["fid_heldout"]
+    assert watching.collapsed(alarms)
+    assert not watching.collapsed({name: 9.0 for name in alarms if name.removesuffix("_heldout") in STATISTICS})
+    assert not watching.collapsed(dict(list(alarms.items())[:4]))
     better = {"reward_heldout": 1e3, "fid_heldout": 0.0, "precision_heldout": 2.0, "accuracy_heldout": 2.0}
     assert watching.alarms(first | better, ranges) == {}
     low, high = watching.limits("brightness_heldout", ranges)

@@ -209,6 +209,11 @@ class Monitor:
                 found[name] = distance
         return found
 
+    def collapsed(self, alarms: Mapping[str, float]) -> bool:
+        """Whether these are too many. Image statistics alone may be what the reward asks for."""
+        quality = [name for name in alarms if name.removesuffix("_heldout") not in (*SHARES, "entropy")]
+        return bool(quality) and 0 < self.config.collapse <= len(alarms)
+
     def limits(self, name: str, ranges: Ranges) -> tuple[float, float]:
         """Both ends of a number's range."""
         mean, spread = ranges[name]

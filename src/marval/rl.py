@@ -132,7 +132,7 @@ def rl(config: RLConfig, student_folder: Path, out: Path, resume: bool = False) 
         stated = monitor.stated(best["ranges"]) if step == 0 else {}
         run.log(step, **values, alarms=len(alarms), **{f"alarm_{name}": far for name, far in alarms.items()}, **stated)
         score = monitor.score(values)
-        collapsed = 0 < config.collapse <= len(alarms) and config.patience > 0
+        collapsed = config.patience > 0 and monitor.collapsed(alarms)
         if score > best["score"] and not collapsed:
             weights = {name: v.cpu().clone() for name, v in own_part_of(candidate.network).state_dict().items()}
             best.update(score=score, step=step, misses=0, weights=weights)
