@@ -15,6 +15,7 @@ only training draws from.
 
 import argparse
 import contextlib
+import copy
 import dataclasses
 import functools
 import hashlib
@@ -157,15 +158,15 @@ def their_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def random_network(model: MARConfig, device: torch.device, seed: int = 0) -> MAR:
     """A MAR whose zero-initialised layers are small random ones, so that no part of it is without effect."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device:
+        torch.manual_seed(seed)
         network = MAR(model)
         for name, parameter in network.named_parameters():
             if not parameter.any():
                 nn.init.normal_(parameter, std=0.02)
             elif "norm" in name or ".in_ln." in name:
                 nn.init.normal_(parameter, 1.0, 0.02)
-    return network.to(device).eval().requires_grad_(False)
+    return network.eval().requires_grad_(False)
 
 
 # ---- the same random numbers
@@ -328,7 +329,7 @@ def pipelines(
     """A teacher and a one-step student of the network's weights, copied where they are changed; they draw tokens."""
     c = network.config
     if dtype == "bf16" or compile:
-        network = copy_of(network)
+        network = copy.deepcopy(network)
     if dtype == "bf16":
         network.to_bf16()
     if compile:
@@ -362,13 +363,6 @@ def contenders(
             fast_ones = pipelines(network, guidance, dtype, **settings)
             found += [Ours(model, f"{name}, {mode}") for name, model in fast_ones.items()]
     return found
-
-
-def copy_of(network: MAR) -> MAR:
-    """With weights of its own."""
-    other = MAR(network.config).to(network.fake_latent.device).eval().requires_grad_(False)
-    other.load_state_dict(network.state_dict())
-    return other
 
 
 def largest_error(actual: Tensor, expected: Tensor) -> float:

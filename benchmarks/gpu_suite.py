@@ -14,6 +14,7 @@ autocast on CUDA; operations as PyTorch counts them.
 
 import argparse
 import contextlib
+import copy
 import dataclasses
 import gc
 import signal
@@ -326,7 +327,7 @@ def trainable(suite: Suite, size: str) -> tuple[MAR, Tensor, Tensor, torch.Gener
     model, rows = suite.scale.sizes[size], max(suite.scale.batches.values())
     tokens = torch.randn(rows, model.num_tokens, model.token_dim, generator=g, device=suite.device)
     labels = torch.randint(model.num_classes, (rows,), generator=g, device=suite.device)
-    return side.copy_of(suite.network(size)), tokens, labels, g
+    return copy.deepcopy(suite.network(size)), tokens, labels, g
 
 
 def train_step(suite: Suite, verb: str, size: str, batch: int) -> Callable[[], None]:
