@@ -2,6 +2,7 @@
 
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -386,3 +387,48 @@ def test_a_folder_of_splits_is_not_a_folder_of_classes(flat: bool, tmp_path: Pat
         ValueError, match=r"holds train/ where classes should be: give .*train, or class folders in each"
     ):
         load_data(str(tmp_path))
+
+
+def arrays(**changes: Any) -> dict[str, Any]:
+    images = np.arange(12 * 8 * 8, dtype=np.uint8).reshape(12, 8, 8, 1)
+    return {"images": images, "labels": np.arange(12) % 2, "class_names": np.array(["a", "b"])} | changes
+
+
+def test_npz(tmp_path: Path):
+    file = tmp_path / "data.npz"
+    np.savez(file, **arrays())
+    train, test = (load_dataset(str(file), split) for split in ("train", "test"))
+    assert (len(train), len(test), train.class_names, train.licence) == (8, 4, ["a", "b"], "not stated")
+    assert test.images[:, 0, 0, 0].tolist() == [images[0, 0, 0] for images in arrays()["images"][[0, 1, 10, 11]]]
+    np.savez(file, **arrays(test=np.arange(12) > 8, licence="mine", source="made up"))
+    data = load_data(str(file), "test")
+    assert (len(data), data.source, data.licence, data.labels.tolist()) == (3, "made up", "mine", [1, 0, 1])
+    assert load_dataset(str(file), "train", image_size=4).images.shape == (9, 4, 4, 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"labels": np.arange(12)}, r"labels must be \(12,\) integers in \[0, 1\], got int64 \(12,\) from 0 to 11"),
+        ({"labels": np.zeros(3, int)}, r"labels must be \(12,\) integers"),
+        ({"images": np.zeros((12, 8, 8, 1))}, "images must be uint8 NHWC of 1 or 3 channels, got float64"),
+        ({"images": np.zeros((12, 8, 6, 1), np.uint8)}, "images are 8x6: choose an --image-size"),
+        ({"test": np.zeros(12, int)}, r"test must be \(12,\) booleans"),
+        ({"test": np.ones(12, bool)}, "the train split is empty"),
+    ],
+)
+def test_bad_npz(tmp_path: Path, changes: dict[str, Any], message: str):
+    file = tmp_path / "data.npz"
+    np.savez(file, **arrays(**changes))
+    with pytest.raises(ValueError, match=message) as error:
+        load_dataset(str(file), "train")
+    assert str(file) in str(error.value)
+
+
+def test_npz_that_is_none(tmp_path: Path):
+    (tmp_path / "data.npz").write_bytes(b"no archive")
+    with pytest.raises(ValueError, match=r"cannot read .*data.npz"):
+        load_dataset(str(tmp_path / "data.npz"))
+    np.savez(tmp_path / "data.npz", images=np.zeros((2, 8, 8, 1), np.uint8))
+    with pytest.raises(ValueError, match="has no 'labels': it needs images, labels and class_names"):
+        load_dataset(str(tmp_path / "data.npz"))

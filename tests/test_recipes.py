@@ -15,7 +15,7 @@ SIZES = ("b", "l", "h")
 
 
 def test_every_verb_has_every_recipe():
-    names = {"digits", *(f"imagenet256-{size}" for size in SIZES)}
+    names = {"digits", "fashion-mnist", *(f"imagenet256-{size}" for size in SIZES)}
     for made in (recipes.TRAIN, recipes.DISTILL, recipes.RL, recipes.EVALUATE):
         assert set(made) == names
         for make in made.values():
@@ -76,6 +76,8 @@ def test_sizes_are_those_of_the_networks_that_runs_make():
     made = build_teacher(config, tokenizer, data.class_names).network.config
     assert made == recipes.sizes("digits", config) == recipes.sizes("digits", recipes.RL["digits"]())
     assert recipes.sizes("digits", recipes.EVALUATE["digits"]()) == made
+    fashion = recipes.sizes("fashion-mnist", recipes.RL["fashion-mnist"]())
+    assert (fashion.grid, fashion.token_dim, fashion.width) == (7, 16, 128)
     for size in SIZES:
         name = f"imagenet256-{size}"
         assert recipes.sizes(name, recipes.DISTILL[name]()) == PRESETS[f"mar-{size}"]

@@ -291,7 +291,7 @@ def classifier_verb(args: list[str]) -> None:
         """Train a small image classifier for features, accuracy and rewards.
 
         Args:
-            data: `digits`, or a folder with one sub-folder of images per class.
+            data: `digits`, a folder with one sub-folder of images per class, or an .npz as for training.
             out: New folder for the classifier.
             arch: Plain convolutions, or residual.
             epochs: Passes over the training images.

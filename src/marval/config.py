@@ -169,7 +169,8 @@ class TrainConfig(RunConfig):
     """Training of a MAR teacher with the diffusion loss."""
 
     data: str = "digits"
-    """`digits` (embedded), a folder with one sub-folder of images per class, or a folder of `marval encode`."""
+    """`digits` (embedded), a folder with one sub-folder of images per class, an .npz of images, labels and class_names,
+    or a folder of `marval encode`."""
     classes: Literal["folders", "imagenet"] = "folders"
     """The classes are the sub-folders, or ImageNet's 1,000, of which the sub-folders name some by WordNet id."""
     image_size: int | None = None
@@ -247,8 +248,8 @@ class DistillConfig(RunConfig):
     """Distillation of a teacher into a one-step student."""
 
     data: str = "digits"
-    """Images whose tokens give the contexts: `digits`, a folder with one sub-folder per class, or one of `marval
-    encode`."""
+    """Images whose tokens give the contexts: `digits`, a folder with one sub-folder per class, an .npz, or a folder of
+    `marval encode`."""
     classes: Literal["folders", "imagenet"] = "folders"
     """The classes are the sub-folders, or ImageNet's 1,000, of which the sub-folders name some by WordNet id."""
     image_size: int | None = None
@@ -415,8 +416,8 @@ class EvaluateConfig:
     """How a model is measured. Several values of guidance, ar_steps or head_steps: every combination is measured."""
 
     reference: str = ""
-    """What the images are compared with: `digits`, a folder of images (also nested), an .npz of images (`images` or
-    `arr_0`, uint8 NHWC), or an .npz of statistics: `mu` and `sigma`, as ADM's and MAR's files have, for sFID also
+    """What the images are compared with: `digits`, a split of data to train on (`DATA:train`, `DATA:test`), a folder of
+    images (also nested), an .npz of images (`images` or `arr_0`, uint8 NHWC), or an .npz of statistics: `mu` and `sigma`, as ADM's and MAR's files have, for sFID also
     `mu_s` and `sigma_s`; or what --save-reference wrote."""
     num_images: int = 5000
     """Images drawn, over all processes, of all classes in turn; 50,000 is the custom on ImageNet."""

@@ -42,7 +42,7 @@ from marval.metrics import (
 )
 from marval.models.classifier import Classifier
 from marval.pipeline import Pipeline
-from marval.reference import Reference, chunk_rows, gather_chunks, load_reference, num_chunks, rounds
+from marval.reference import Reference, chunk_rows, gather_chunks, load_reference, num_chunks, rounds, split_of
 from marval.rewards import UserReward, class_prompts, load_reward, score
 from marval.rng import generator
 from marval.run import autocast, is_bf16, new_folder, versions, writable_folder
@@ -328,7 +328,8 @@ def evaluate_folder(
         raise ValueError(f"{partial} holds an unfinished evaluation: {remedy}")
     if not config.reference:
         raise ValueError("name what to compare with: --reference digits, a folder of images, or an .npz")
-    if config.reference != "digits" and not Path(config.reference).exists():
+    data = split_of(config.reference)[0]
+    if data != "digits" and not Path(data).exists():
         raise ValueError(f"--reference {config.reference} does not exist: give digits, a folder of images, or an .npz")
     if picture is not None:
         check_matplotlib()

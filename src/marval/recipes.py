@@ -65,6 +65,28 @@ def fashion_mnist_teacher() -> TrainConfig:
     )  # fmt: skip
 
 
+def fashion_mnist_student() -> DistillConfig:
+    """One-step student of the Fashion-MNIST teacher, for every guidance scale in 1..3: its head alone."""
+    return DistillConfig(
+        data="data/fashion-mnist.npz", steps=1200, batch=64, ar_steps=16, ema=0.99, precision="bf16", save_every=100,
+        sample_every=300, student=StudentConfig(guidance=1.5, guidance_range=(1.0, 3.0)),
+        gsim=GSIMConfig(lr=2e-4, auxiliary_lr=4e-4),
+    )  # fmt: skip
+
+
+def fashion_mnist_aligned() -> RLConfig:
+    """The Fashion-MNIST student after RL on a classifier's log-probability of the asked class."""
+    return RLConfig(
+        steps=100, batch=64, ar_steps=16, ema=0.9, precision="bf16", save_every=20, sample_every=50, eval_every=20,
+        log_every=5, gsim=GSIMConfig(lr=1e-4, auxiliary_lr=2e-4),
+    )  # fmt: skip
+
+
+def fashion_mnist_evaluation() -> EvaluateConfig:
+    """10,000 images against the training split; features of `marval train-classifier` beside the model."""
+    return EvaluateConfig(num_images=10_000, reference="data/fashion-mnist.npz:train")
+
+
 IMAGENET_IMAGES = 1_281_167
 """Training images of ImageNet (ILSVRC 2012)."""
 
@@ -194,18 +216,21 @@ TRAIN = {
 }
 DISTILL = {
     "digits": digits_student,
+    "fashion-mnist": fashion_mnist_student,
     "imagenet256-b": imagenet256_b_student,
     "imagenet256-l": imagenet256_l_student,
     "imagenet256-h": imagenet256_h_student,
 }
 RL = {
     "digits": digits_aligned,
+    "fashion-mnist": fashion_mnist_aligned,
     "imagenet256-b": imagenet256_b_aligned,
     "imagenet256-l": imagenet256_l_aligned,
     "imagenet256-h": imagenet256_h_aligned,
 }
 EVALUATE = {
     "digits": EvaluateConfig,
+    "fashion-mnist": fashion_mnist_evaluation,
     "imagenet256-b": imagenet_evaluation,
     "imagenet256-l": imagenet_evaluation,
     "imagenet256-h": imagenet_evaluation,
@@ -220,9 +245,10 @@ def sizes(recipe: str, config: Any) -> MARConfig:
     """
     if recipe.startswith("imagenet256-"):
         return config.model if isinstance(config, TrainConfig) else PRESETS[f"mar-{recipe[-1]}"]
-    teacher = config if isinstance(config, TrainConfig) else digits_teacher()
-    patch, side, channels = teacher.patch_size, 8, 1
-    if getattr(config, "data", "digits") != "digits":
+    made = TRAIN[recipe]()
+    teacher = config if isinstance(config, TrainConfig) else made
+    patch, (side, channels) = teacher.patch_size, {"digits": (8, 1), "fashion-mnist": (28, 1)}[recipe]
+    if getattr(config, "data", made.data) != made.data:
         if config.image_size is None or teacher.tokenizer != "pixels":
             raise ValueError("a dry run reads no data: give --image-size and raw pixels, or the folder of a model")
         side, channels = config.image_size, 3

@@ -18,6 +18,7 @@ from marval.data import load_dataset
 from marval.distributed import World
 from marval.features import FeatureNetwork
 from marval.images import LazyImages, images_below, read_equal, read_images
+from marval.latents import Split
 from marval.metrics import Moments, Statistics
 
 CHUNK = 250
@@ -93,13 +94,20 @@ def features_in_chunks(
 # ---- references
 
 
+def split_of(name: str) -> tuple[str, Split]:
+    """``data:train`` or ``data:test`` -> data and split; any other name is whole."""
+    data, colon, split = name.rpartition(":")
+    return (data, split) if colon and split in ("train", "test") else (name, "all")
+
+
 def load_reference(
     name: str, network: FeatureNetwork, image_size: int | None = None, channels: int = 3, world: World | None = None
 ) -> Reference:
     """Features or statistics of real images.
 
     Args:
-        name: ``digits`` (training split), a folder of images (also nested), an .npz of images (``images``, or
+        name: ``digits`` (training split), ``DATA:train`` or ``DATA:test`` (a split of `load_dataset`'s data, such as
+            ``digits:test``), a folder of images (also nested), an .npz of images (``images``, or
             ``arr_0`` as in ADM's files, uint8 NHWC), or an .npz with ``mu`` (F,) and ``sigma`` (F, F), for sFID also
             ``mu_s`` and ``sigma_s``. One with both, as ADM's, gives its statistics and, of its images, the features.
         image_size: images of a folder are centre-cropped and scaled to it, as ADM and MAR do; None takes them as they
@@ -109,11 +117,11 @@ def load_reference(
         ValueError: no such file, neither images nor statistics in it, or statistics of another network.
     """
     world = world or World(0, 1, network.device)
-    if name == "digits":
-        images = load_dataset("digits", "train", image_size).images
-        return _from_images(
-            name, "training split", len(images), lambda rows: images[rows.start : rows.stop], network, world
-        )
+    data, split = split_of(name)
+    if data == "digits" or split != "all":
+        images = load_dataset(data, split if split != "all" else "train", image_size).images
+        source = "held-out images" if split == "test" else "training split"
+        return _from_images(name, source, len(images), lambda rows: images[rows.start : rows.stop], network, world)
     path = Path(name)
     if path.is_dir() and image_size is not None:
         if not (paths := images_below(path)):
