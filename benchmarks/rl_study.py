@@ -1,0 +1,539 @@
+"""What RL does to a student: what it gains, what hacks it, what holds it, and whether the method's two arguments hold.
+
+    python benchmarks/rl_study.py run digits runs/quickstart      # every stage; goes on where it stopped
+    python benchmarks/rl_study.py run digits runs/quickstart --stages cost,memory --seeds 0
+    python benchmarks/rl_study.py page                            # docs/rl.md from the committed results
+
+``runs/quickstart`` stands for any folder with teacher, student, classifier and judge. Results are added to
+benchmarks/results/rl_study.json, one row per run, as soon as they are there. All numbers of a run are those of its
+held-out evaluations, before the first update and after the last; nothing is chosen by them but where a row says so.
+"""
+
+import argparse
+import base64
+import dataclasses
+import io
+import json
+import math
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+import marval.rl
+from marval import masking, policy, sampling
+from marval.algorithms import Batch, RewardGradient, Rollout
+from marval.checkpoint import read_json, write_json
+from marval.config import GSIMConfig, RLConfig
+from marval.costs import Work
+from marval.data import image_grid, save_png
+from marval.diffusion import respace
+from marval.distributed import World
+from marval.draw import sample_in_turn
+from marval.monitor import Monitor
+from marval.pipeline import Pipeline
+from marval.rewards import load_reward
+from marval.rng import ImageNoise, generator
+from marval.run import versions
+from marval.tokenizers import to_float
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS, PAGE, PICTURES = ROOT / "benchmarks/results/rl_study.json", ROOT / "docs/rl.md", ROOT / "docs/images"
+SHOWN = ("reward", "judge", "accuracy", "fid", "precision", "recall", "clipped", "alarms")
+PERCENT = ("accuracy", "precision", "recall", "clipped")
+T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
+"""Student's t for 95 % intervals of a mean of so many values."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Study:
+    """Settings of one data set."""
+
+    data: str
+    """Real images, as marval evaluate takes them."""
+    updates: int
+    """Of every run."""
+    images: int
+    """Of every held-out evaluation."""
+    lr: float
+    """Of the student, gentle."""
+    pressure: float
+    """Of the student, where hacking is to be provoked."""
+    batch: int = 64
+    ar_steps: int = 8
+    grey: float = 0.4
+    """Mean brightness that pays most where both algorithms chase the same optimum."""
+
+
+STUDIES = {
+    "digits": Study(data="digits", updates=60, images=1000, lr=1e-4, pressure=1e-3),
+    "fashion-mnist": Study(
+        data="data/fashion-mnist.npz", updates=60, images=1000, lr=1e-4, pressure=1e-3, ar_steps=16, batch=32
+    ),
+}
+"""Estimated, not yet measured as a whole: see docs/rl.md."""
+
+GREY = """
+def grey(images, prompts):
+    return -(images.mean((1, 2, 3)) - {grey}).square()
+
+grey.differentiable = True
+"""
+GSIM, NONE = {"anchor": 1.0}, {"anchor": 0.0}
+ANCHORS: dict[str, dict[str, Any]] = {
+    "none": NONE,
+    "GSIM 1": GSIM,
+    "GSIM 1, falling to 0.1": {"anchor": 1.0, "anchor_final": 0.1},
+    "KL 0.03": {"anchor": 0.0, "kl": 0.03},
+    "hinge at -0.05": {"anchor": 0.0, "hinge": -0.05},
+    "adapters of rank 4": {"anchor": 0.0, "trained": "lora", "lora_rank": 4},
+    "last 2 AR steps": {"anchor": 0.0, "grad_ar_steps": 2},
+    "2 random AR steps": {"anchor": 0.0, "grad_ar_steps": 2, "grad_ar_choice": "random"},
+    "GSIM 1 and KL 0.03": {"anchor": 1.0, "kl": 0.03},
+}
+
+
+class SingleStep(RewardGradient):
+    """What the method warns of: the reward of an image all of whose hidden tokens were drawn in one AR step."""
+
+    def loss(self, batch: Batch) -> tuple[Tensor, Rollout]:
+        (k,) = batch.grad_steps
+        whole, self.counts = self.counts, [*self.counts[: k + 1], 0]
+        try:
+            return super().loss(batch)
+        finally:
+            self.counts = whole
+
+
+class Bench:
+    """One study's models and results."""
+
+    def __init__(self, name: str, run: Path, seeds: Sequence[int], quick: bool):
+        study = STUDIES[name]
+        self.study = dataclasses.replace(study, updates=2, images=40) if quick else study
+        self.name, self.run_folder, self.seeds, self.quick = name, run, seeds, quick
+        self.file = Path(tempfile.gettempdir()) / "rl_study_quick.json" if quick else RESULTS
+        self.all: dict[str, Any] = read_json(self.file) if self.file.exists() else {}
+        self.results = self.all.setdefault(name, {"rows": {}, "pictures": {}})
+        self.student = Pipeline.load(run / "student")
+        protocol = {"study": dataclasses.asdict(self.study), "provenance": self.student.provenance}
+        if self.results.setdefault("protocol", protocol) != protocol:
+            raise SystemExit(f"{self.file} holds a {name} study of another student or other settings: remove it there")
+
+    def save(self) -> None:
+        self.results |= {"versions": versions(torch.device("cpu")), "date": time.strftime("%Y-%m-%d")}
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(self.file, self.all)
+
+    def once(self, key: str, work: Callable[[], dict[str, Any]]) -> None:
+        """Do the work and keep its row, unless it is there."""
+        if key not in self.results["rows"]:
+            start = time.perf_counter()
+            row = work()
+            self.results["rows"][key] = row | {"seconds": round(time.perf_counter() - start, 2)}
+            self.save()
+            print(f"{key}: {self.results['rows'][key]['seconds']} s", flush=True)
+
+    def config(self, **changes: Any) -> RLConfig:
+        """Watched alike in every run: judge and its features against the real images."""
+        study, folder = self.study, self.run_folder
+        lr = changes.pop("lr", study.lr)
+        given = {
+            "steps": study.updates, "batch": study.batch, "ar_steps": study.ar_steps, "ema": 0.9, "log_every": 5,
+            "save_every": 10_000, "sample_every": 0, "eval_every": max(1, study.updates // 4), "range_seeds": 3,
+            "eval_images": study.images, "patience": 0, "checkpoint_ar_steps": False, "select": "reward",
+            "classifier": str(folder / "classifier"), "judge": str(folder / "judge"), "reference": study.data,
+            "gsim": GSIMConfig(lr=lr, auxiliary_lr=2 * lr),
+        }  # fmt: skip
+        return RLConfig(**(given | changes))
+
+    def align(self, key: str, seed: int, pictured: bool = False, **changes: Any) -> None:
+        """One run: its held-out evaluations, in order."""
+
+        def work() -> dict[str, Any]:
+            with tempfile.TemporaryDirectory() as folder:
+                out = Path(folder) / "run"
+                model = marval.rl.rl(self.config(seed=seed, **changes), self.run_folder / "student", out)
+                lines = (out / "metrics.jsonl").read_text().splitlines()
+            rows = [read_line(line) for line in lines]
+            if pictured and seed == self.seeds[0]:
+                self.results["pictures"][key] = picture(model)
+            curve = [row for row in rows if "alarms" in row]
+            return {"curve": [{name: row.get(name) for name in ("step", *SHOWN)} for row in curve]}
+
+        self.once(f"{key}/{seed}", work)
+
+    # ---- stages
+
+    def algorithms(self) -> None:
+        """Differentiable and black box, gently, with the default anchor."""
+        if "student" not in self.results["pictures"]:
+            self.results["pictures"]["student"] = picture(self.student)
+        for seed in self.seeds:
+            self.align("algorithms/gradient, log-probability", seed, pictured=True)
+            group: dict[str, Any] = {"algorithm": "group", "reward": "reads-class", "lr": 3 * self.study.lr}
+            self.align("algorithms/group, reads the class (0 or 1)", seed, pictured=True, **group)
+            self.align("algorithms/group, log-probability", seed, **group | {"reward": "classifier"})
+
+    def anchors(self) -> None:
+        """Under pressure, each anchor alone."""
+        for seed in self.seeds:
+            for name, changes in ANCHORS.items():
+                pictured = name in ("none", "GSIM 1")
+                self.align(f"anchors/{name}", seed, pictured=pictured, lr=self.study.pressure, **changes)
+
+    def intermediates(self) -> None:
+        """Rewards of whole images against rewards of what one AR step makes of all tokens."""
+        for seed in self.seeds:
+            for name, anchor in (("none", NONE), ("GSIM 1", GSIM)):
+                with patch.object(marval.rl, "RewardGradient", SingleStep):
+                    single: dict[str, Any] = {"grad_ar_steps": 1, "grad_ar_choice": "random", "lr": self.study.pressure}
+                    self.align(f"intermediates/one AR step, anchor {name}", seed, **single, **anchor)
+
+    def agreement(self) -> None:
+        """One optimum inside the range of images, without anchors: both algorithms, until they are there."""
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "reward.py"
+            file.write_text(GREY.format(grey=self.study.grey))
+            common = {"reward": f"{file}:grey", "lr": self.study.pressure, "anchor": 0.0}
+            for seed in self.seeds:
+                self.align("agreement/gradient", seed, **common)
+                steps = 2 * self.study.updates
+                self.align("agreement/group", seed, algorithm="group", steps=steps, std=0.2, **common)
+
+    def best_of_n(self) -> None:
+        """The student's best of n by the same reward, on the seeds of the runs' evaluations."""
+        reward = load_reward(
+            "classifier", classifier=str(self.run_folder / "classifier"), class_names=self.student.class_names,
+            template=self.config().prompt, device="cpu",
+        )  # fmt: skip
+
+        class Chosen:
+            """Looks to a monitor like a model, and draws the best of n images by the reward."""
+
+            def __init__(self, student: Pipeline, n: int, prompts: list[str]):
+                self.student, self.n, self.prompts, self.class_names = student, n, prompts, student.class_names
+
+            def sample(self, labels: list[int], **options: Any) -> np.ndarray:
+                seed = options.pop("seed")
+                drawn, scores = [], []
+                for i in range(self.n):
+                    drawn.append(self.student.sample(labels, seed=seed + 1000 * (i + 1), **options))
+                    with torch.no_grad():
+                        x = to_float(torch.from_numpy(drawn[-1]))
+                        scores.append(reward(x, [self.prompts[label] for label in labels]))
+                best = torch.stack(scores).argmax(0)
+                return np.stack(drawn)[best.numpy(), np.arange(len(labels))]
+
+        for seed in self.seeds:
+            monitor = Monitor.make(self.config(seed=seed), self.student, reward, World(0, 1, torch.device("cpu")))
+            for n in (1, 2, 4, 8, 16):
+
+                def work(monitor: Monitor = monitor, n: int = n) -> dict[str, Any]:
+                    chosen: Any = Chosen(self.student, n, monitor.prompts)
+                    start = time.perf_counter()
+                    values = monitor.look(chosen)
+                    shown = {name: values.get(f"{name}_heldout") for name in SHOWN}
+                    return {"values": shown, "seconds_per_image": (time.perf_counter() - start) / self.study.images}
+
+                self.once(f"best of n/{n}/{seed}", work)
+
+    def cost(self) -> None:
+        """One update with the reward's gradient through a rollout: the teacher's chain against the one step."""
+        teacher = Pipeline.load(self.run_folder / "teacher")
+        batch = 4 if self.quick else 16
+        for kind, model in (("student", self.student), ("teacher", teacher)):
+            for recompute in (True, False):
+                key = f"cost/{kind}, {'recomputed' if recompute else 'stored'}"
+                self.once(key, lambda m=model, r=recompute: self.cost_of_update(m, batch, r))
+
+    def cost_of_update(self, model: Pipeline, batch: int, recompute: bool) -> dict[str, Any]:
+        """Seconds and bytes of rollout, reward, gradient of the head and Adam's step."""
+        steps, length = self.study.ar_steps, model.network.config.num_tokens
+        reward = load_reward(
+            "classifier", classifier=str(self.run_folder / "classifier"), class_names=model.class_names,
+            template=self.config().prompt, device="cpu",
+        )  # fmt: skip
+        prompts = [self.config().prompt.replace("{class}", name) for name in model.class_names]
+        head, counts = model.network.head, masking.masked_counts(length, steps)
+        model.network.requires_grad_(False)
+        head.requires_grad_(True)
+        optimizer = torch.optim.Adam(head.parameters(), 1e-9)
+        labels = torch.arange(batch) % len(prompts)
+        z = torch.randn(batch, length, model.network.config.token_dim, generator=generator(0))
+        orders = torch.rand(batch, length, generator=generator(1)).argsort(1)
+
+        def update() -> None:
+            if model.student is None:  # ddim: as many evaluations as the ancestral chain, and no noise to draw again
+                noise, schedule = ImageNoise(0, list(range(batch))), respace(model.schedule, 100)
+                clamp = model.tokenizer.token_range
+                draw = sampling.diffusion_chain(head, schedule, noise, "ddim", clamp=clamp)
+            else:
+                draw = model.draw(model.sampling)
+            tokens = sampling.last(sampling.unmask(
+                model.network, draw, labels, orders, counts, z, guidance=model.sampling.guidance,
+                needs_null=model.student is None, checkpoint_ar_steps=recompute,
+            ))  # fmt: skip
+            rewards = reward(model.tokenizer.decode(tokens), [prompts[label] for label in labels.tolist()])
+            policy.reward_loss(rewards).mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        with Work() as work:
+            update()
+        times = []
+        for _ in range(1 if self.quick else 3):
+            start = time.perf_counter()
+            update()
+            times.append(time.perf_counter() - start)
+        model.network.requires_grad_(False)
+        return {"seconds_per_update": statistics.median(times), "bytes": work.peak, "batch": batch, "ar_steps": steps}
+
+    def memory(self) -> None:
+        """What a rollout keeps for its gradient, by K."""
+        length, dim = self.student.network.config.num_tokens, self.student.network.config.token_dim
+        z, exploration = torch.randn(2, 16, length, dim, generator=generator(0))
+        orders = torch.rand(16, length, generator=generator(1)).argsort(1)
+        w = torch.full((16, 1), float(self.student.sampling.guidance))
+        prompts = [f"{i}" for i in range(16)]
+
+        def brightness(images: Tensor, prompts: list[str]) -> Tensor:
+            return images.mean((1, 2, 3))
+
+        for steps in (2, 4, 8, 16):
+
+            def kept(steps: int = steps) -> dict[str, Any]:
+                row: dict[str, Any] = {"tokens": 16 * length * dim * 4 * steps}
+                self.student.network.head.requires_grad_(True)
+                for name, recompute in (("recomputed", True), ("stored", False)):
+                    config = RLConfig(ar_steps=steps, checkpoint_ar_steps=recompute)
+                    reward: Any = brightness
+                    algorithm = RewardGradient(self.student, reward, config, self.student.network)
+                    chosen = frozenset(range(steps))
+                    labels = torch.arange(16) % len(self.student.class_names)
+                    batch = Batch(labels, prompts, orders, z, w, exploration, chosen)
+                    with Work() as work:
+                        loss, rollout = algorithm.loss(batch)
+                        row[name] = work.alive
+                        loss.backward()
+                        row[f"{name}, peak of the update"] = work.peak
+                        del loss, rollout
+                    self.student.network.head.zero_grad()
+                self.student.network.head.requires_grad_(False)
+                return row
+
+            self.once(f"memory/{steps}", kept)
+
+
+STAGES = ("algorithms", "anchors", "intermediates", "agreement", "best_of_n", "cost", "memory")
+
+
+def read_line(line: str) -> dict[str, Any]:
+    """A line of metrics.jsonl, held-out numbers without their suffix."""
+    return {name.removesuffix("_heldout") if "alarms" in line else name: v for name, v in json.loads(line).items()}
+
+
+def picture(model: Pipeline) -> str:
+    """Three images of each of up to ten classes, the same seeds for all models: a PNG as base64."""
+    count = min(10, len(model.class_names))
+    images, _ = sample_in_turn(model, range(count), 3 * count, 0)
+    buffer = io.BytesIO()
+    Image.fromarray(image_grid(images, columns=count, scale=1).squeeze()).save(buffer, "PNG", optimize=True)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+# ---- the page
+
+
+def interval(values: Sequence[float | None], percent: bool = False) -> str:
+    """Mean and half the width of its 95 % interval (Student's t), of values of several seeds."""
+    x = [100 * v if percent else v for v in values if v is not None]
+    if not x:
+        return ""
+    digits = 1 if percent else 2 if abs(statistics.fmean(x)) >= 1 else 3
+    mean = f"{statistics.fmean(x):.{digits}f}"
+    if len(x) < 2:
+        return mean
+    return f"{mean} ± {T95.get(len(x), 1.96) * statistics.stdev(x) / math.sqrt(len(x)):.{digits}f}"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def of(rows: dict[str, Any], key: str) -> list[dict[str, Any]]:
+    """The rows of all seeds of a key."""
+    return [row for name, row in rows.items() if name.rpartition("/")[0] == key]
+
+
+def numbers(values: Sequence[dict[str, Any]]) -> list[str]:
+    return [interval([value.get(name) for value in values], name in PERCENT) for name in SHOWN]
+
+
+COLUMNS = ("reward", "judge", "accuracy, judge, %", "FID", "precision, %", "recall, %", "clipped, %", "alarms")
+
+
+def results_table(rows: dict[str, Any]) -> list[str]:
+    """Before, after, and the best of n."""
+    keys = [key for key in unique(rows) if key.startswith("algorithms/")]
+    if not keys:
+        return []
+    start = [row["curve"][0] for row in of(rows, keys[0])]
+    lines = [["student", *numbers(start), ""]]
+    for key in keys:
+        found = of(rows, key)
+        seconds = interval([row["seconds"] for row in found])
+        lines.append([key.partition("/")[2], *numbers([row["curve"][-1] for row in found]), seconds])
+    for key in (key for key in unique(rows) if key.startswith("best of n/")):
+        found = of(rows, key)
+        lines.append([f"best of {key.partition('/')[2]}", *numbers([row["values"] for row in found]), ""])
+    text = ["### Gain", table(["", *COLUMNS, "seconds"], lines)]
+    once = of(rows, "best of n/1")
+    if once:
+        drawn = statistics.fmean(row["seconds_per_image"] for row in once)
+        spent = statistics.fmean(row["seconds"] for row in of(rows, keys[0]))
+        text.append(
+            f"The {spent:.0f} s of `{keys[0].partition('/')[2]}`, evaluations included, would draw and score "
+            f"{spent / drawn:.0f} images of the student: at equal compute, for 5,000 images, RL competes with the best "
+            f"of {1 + spent / drawn / 5000:.1f}, and after them costs nothing more."
+        )
+    return text
+
+
+def unique(rows: dict[str, Any]) -> list[str]:
+    return list(dict.fromkeys(key.rpartition("/")[0] for key in rows))
+
+
+def anchors_table(rows: dict[str, Any]) -> list[str]:
+    keys = [key for key in unique(rows) if key.startswith("anchors/")]
+    if not keys:
+        return []
+    lines = [["student", *numbers([row["curve"][0] for row in of(rows, keys[0])])]]
+    lines += [[key.partition("/")[2], *numbers([row["curve"][-1] for row in of(rows, key)])] for key in keys]
+    free = of(rows, "anchors/none")
+    for name, score in (("the judge", lambda row: row["judge"]), ("FID", lambda row: -row["fid"])):
+        lines.append([f"none, stopped early by {name}", *numbers([max(row["curve"], key=score) for row in free])])
+    return ["### Anchors", table(["anchor", *COLUMNS], lines)]
+
+
+def intermediates_table(rows: dict[str, Any]) -> list[str]:
+    pairs = {
+        f"{what}, anchor {name}": key
+        for name in ("none", "GSIM 1")
+        for what, key in (
+            ("whole images", f"anchors/{name}"), ("one AR step", f"intermediates/one AR step, anchor {name}"),
+        )
+    }  # fmt: skip
+    if not all(of(rows, key) for key in pairs.values()):
+        return []
+    text = ["### Rewards of whole images and of single AR steps"]
+    for value, title in (("reward", "Reward of whole images"), ("fid", "FID"), ("recall", "Recall, %")):
+        lines = []
+        for name, key in pairs.items():
+            curves = [row["curve"] for row in of(rows, key)]
+            each = zip(*curves, strict=True)
+            lines.append([name, *(interval([row[value] for row in step], value in PERCENT) for step in each)])
+        steps = [f"{row['step']:.0f}" for row in of(rows, "anchors/none")[0]["curve"]]
+        text.append(table([f"{title}, after updates:", *steps], lines))
+    return text
+
+
+def other_tables(rows: dict[str, Any]) -> list[str]:
+    text = []
+    reached = {name: of(rows, f"agreement/{name}") for name in ("gradient", "group")}
+    if all(reached.values()):
+        lines = []
+        for name, found in reached.items():
+            curves = [row["curve"] for row in found]
+            rewards = [f"{interval([1000 * c[i]['reward'] for c in curves])}" for i in (0, -2, -1)]
+            lines.append([name, *rewards, f"{curves[0][-1]['step']:.0f}"])
+        head = ["algorithm", "before", "the last evaluation but one", "after", "updates"]
+        text += ["### One optimum, both algorithms", "Reward times 1,000; the best is 0.", table(head, lines)]
+    costs = {key.partition("/")[2]: row for key, row in rows.items() if key.startswith("cost/")}
+    if len(costs) == 4:
+        lines = [
+            [name, f"{row['seconds_per_update']:.2f}", f"{row['bytes'] / 2**20:.0f}"] for name, row in costs.items()
+        ]
+        for how in ("recomputed", "stored"):
+            a, b = costs[f"teacher, {how}"], costs[f"student, {how}"]
+            ratios = a["seconds_per_update"] / b["seconds_per_update"], a["bytes"] / b["bytes"]
+            lines.append([f"ratio, {how}", *(f"{ratio:.1f}" for ratio in ratios)])
+        row = costs["student, stored"]
+        title = f"One update of {row['batch']} images, K = {row['ar_steps']}; AR steps stored or recomputed."
+        text += ["### The teacher's chain as the policy", title, table(["policy", "seconds", "MiB"], lines)]
+    memory = {key.partition("/")[2]: row for key, row in rows.items() if key.startswith("memory/")}
+    if memory:
+        names = ("tokens", "recomputed", "stored", "recomputed, peak of the update", "stored, peak of the update")
+        lines = [[k, *(f"{row[name] / 2**10:.0f}" for name in names)] for k, row in memory.items()]
+        text += ["### Memory of a rollout", "KiB kept for the gradient, 16 images.", table(["K", *names], lines)]
+    return text
+
+
+def write_page() -> None:
+    """Tables and pictures of docs/rl.md, between the markers of each study."""
+    text, everything = PAGE.read_text(), read_json(RESULTS)
+    for name, results in everything.items():
+        start, end = f"<!-- rl_study {name} -->", f"<!-- end of {name} -->"
+        before, found, rest = text.partition(start)
+        if not found:
+            raise SystemExit(f"{PAGE} has no place for {name}: add {start} and {end}")
+        rows, study = results["rows"], results["protocol"]["study"]
+        about = results["versions"]
+        seeds = max(len(of(rows, key)) for key in unique(rows))
+        parts = [
+            f"Measured on {results['date']}, {about['device']}, {about['threads']} threads, PyTorch {about['torch']}: "
+            f"{study['updates']} updates of {study['batch']} images, K = {study['ar_steps']}, {seeds} seeds with 95 % "
+            f"intervals, {study['images']} held-out images each, distances and accuracy by the judge. Learning rate "
+            f"{study['lr']:g} (group: 3 times that), under pressure {study['pressure']:g}.",
+            *results_table(rows), *anchors_table(rows), *intermediates_table(rows), *other_tables(rows),
+        ]  # fmt: skip
+        if results["pictures"]:
+            parts += ["### Side by side", side_by_side(name, results["pictures"])]
+        text = before + start + "\n" + "\n\n".join(parts) + "\n" + end + rest.partition(end)[2]
+    PAGE.write_text(text)
+
+
+def side_by_side(name: str, pictures: dict[str, str]) -> str:
+    """Writes docs/images/rl_NAME.png, a block for each model; returns its place in the page."""
+    blocks = [np.asarray(Image.open(io.BytesIO(base64.b64decode(png)))) for png in pictures.values()]
+    scale = max(1, round(240 / blocks[0].shape[1]))
+    big = [block.repeat(scale, 0).repeat(scale, 1) for block in blocks]
+    gap = np.full((8 * scale // 2, *big[0].shape[1:]), 255, np.uint8)
+    whole = np.concatenate([part for block in big for part in (block, gap)][:-1])
+    save_png(PICTURES / f"rl_{name}.png", whole if whole.ndim == 3 else whole[..., None])
+    names = "; ".join(key.replace("/", ", ").replace("anchors, none", "under pressure, no anchor") for key in pictures)
+    return f"The same seeds in each block, from above: {names}.\n\n![Images of each model](images/rl_{name}.png)"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    verbs.add_parser("page")
+    run = verbs.add_parser("run")
+    run.add_argument("name", choices=STUDIES)
+    run.add_argument("folder", type=Path)
+    run.add_argument("--stages", default=",".join(STAGES))
+    run.add_argument("--seeds", default="0,1,2")
+    run.add_argument("--quick", action="store_true", help="2 updates, 40 images, results outside the repository")
+    args = parser.parse_args()
+    if args.verb == "page":
+        write_page()
+        return
+    bench = Bench(args.name, args.folder, [int(seed) for seed in args.seeds.split(",")], args.quick)
+    for stage in args.stages.split(","):
+        if stage not in STAGES:
+            raise SystemExit(f"unknown stage {stage!r}: choose of {', '.join(STAGES)}")
+        getattr(bench, stage)()
+
+
+if __name__ == "__main__":
+    main()
