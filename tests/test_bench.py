@@ -1,8 +1,9 @@
 """Timing: rows, their split, the ratio, and both kinds of folder; the floor against PyTorch's counter."""
 
+import importlib.util
 import json
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -194,3 +195,52 @@ def test_what_the_floor_is_made_of():
     assert floor_seconds(loads, rate=1, bandwidth=0.5)["encoder"] == 12  # two bytes take longer than two operations
     seconds = floor_seconds(sampling_loads(model, 256, 1, itemsize=2), *H200)["total"]
     assert 0.005 < seconds < 0.1  # the published times of MAR-B at batch 1 are far above
+
+
+# ---- the page
+
+
+@pytest.fixture(scope="module")
+def speed_floor() -> ModuleType:
+    file = Path(__file__).resolve().parents[1] / "benchmarks" / "speed_floor.py"
+    spec = importlib.util.spec_from_file_location("speed_floor", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_shows_the_committed_results(speed_floor):
+    """Otherwise: python benchmarks/speed_floor.py."""
+    text = speed_floor.PAGE.read_text()
+    assert speed_floor.page(text, speed_floor.rate_in(text)) == text
+
+
+def test_measurements_reach_the_tables(speed_floor, tmp_path):
+    (tmp_path / "imagenet_scale.json").write_text((speed_floor.RESULTS / "imagenet_scale.json").read_text())
+    row = {
+        "batch": 1, "seconds_per_image": 12.5, "spread": 0.013, "measurements": 48, "reference_over_this": 6.25,
+        "over_floor": 1.23, "parts": {"encoder": 4.0, "decoder": 8.0, "head": 0.5}, "ar_steps": 16,
+    }  # fmt: skip
+    cached = {**row, "model": "student, full pass every 4", "over_floor": 0.4}
+    result = {
+        "benchmark": "against_reference", "date": "2026-11-23", "machine": {"cpu": "a CPU", "threads": 2},
+        "settings": {"preset": "mar-b", "ar_steps": 16, "guidance": 2.9, "head_steps": 100, "dtype": "float32"},
+        "errors": {"teacher": 4e-6}, "rows": [{**row, "model": "student"}, cached],
+    }  # fmt: skip
+    (tmp_path / "side.json").write_text(json.dumps(result))
+    drawn = {**row, "size": "mar-h", "model": "student", "mode": "bf16+graphs", "over_floor": 3.21}
+    suite = {"benchmark": "gpu_suite", "date": "2026-11-23", "machine": {"gpu": "NVIDIA H200"}, "stages": [drawn]}
+    (tmp_path / "gpu.json").write_text(json.dumps(suite))
+    text = speed_floor.tables(0.1e12, tmp_path)
+    floors = [
+        line.split(" | ") for line in text.splitlines() if line.startswith(("| mar-b | 16 | 1 |", "| mar-h | 16 | 1 |"))
+    ]
+    assert floors[0][8] == "1.23"  # not the cached one, which computes less
+    assert floors[1][-1] == "3.21 |"
+    assert "| 1 | student | 12.5 | 1.3 % | 48 | 6.25 | 1.23 | 4 | 8 | 0.5 |" in text
+    assert "| mar-h | student | bf16+graphs | 1 | 16 | 12,500 |" in text
+    assert "3.56 times the updates per second" in text  # 19.49 s over 5.48 s
+    with pytest.raises(ValueError, match="the page must have"):
+        speed_floor.page("no markers", 1e12)

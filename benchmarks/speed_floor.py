@@ -1,0 +1,241 @@
+"""Write the tables of docs/performance.md: floors by arithmetic (marval.floor), measurements from benchmarks/results.
+
+    python benchmarks/speed_floor.py            # measures the rate of matrix products here first
+    python benchmarks/speed_floor.py --rate 0.136
+
+The tables stand between two markers of the page; nothing else of it changes.
+"""
+
+import argparse
+import json
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from marval.config import PRESETS
+from marval.floor import H200, PARTS, by_part, floor_seconds, matmul_rate, sampling_loads
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE, RESULTS = ROOT / "docs" / "performance.md", ROOT / "benchmarks" / "results"
+BEGIN, END = "<!-- tables: python benchmarks/speed_floor.py -->", "<!-- end of tables -->"
+AR_STEPS, BATCHES, HEAD_STEPS = (16, 64, 256), (1, 16, 256), 100
+ROLES: dict[str, dict[str, Any]] = {"teacher": {"head_steps": HEAD_STEPS, "guided": True}, "student": {}}
+GIB = 2**30
+
+
+def markdown(heads: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
+    """A table; numbers get three digits, what is missing stays empty."""
+
+    def cell(value: Any) -> str:
+        if not isinstance(value, float):
+            return "" if value is None else str(value)
+        return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+    heads = list(heads)
+    lines = [heads, ["---"] * len(heads), *([cell(value) for value in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def read(results: Path, kind: str) -> list[tuple[str, dict[str, Any]]]:
+    """Names and contents of the results that one benchmark wrote."""
+    found = [(file.name, json.loads(file.read_text())) for file in sorted(results.glob("*.json"))]
+    return [(n, r) for n, r in found if isinstance(r, dict) and r.get("benchmark") == kind]
+
+
+def link(name: str) -> str:
+    return f"[results](../benchmarks/results/{name})"
+
+
+def device_of(result: dict[str, Any]) -> str:
+    return result["machine"].get("gpu", "CPU")
+
+
+def over_floors(results: Path) -> dict[tuple[str, str, int, int, str], float]:
+    """Measured time over the floor at the rate of the same run, by device, size, K, batch and role: our best."""
+    found: dict[tuple[str, str, int, int, str], float] = {}
+    rows = [
+        (device_of(result), result["settings"]["preset"], row, row["model"])
+        for _, result in read(results, "against_reference") for row in result["rows"]
+    ]  # fmt: skip
+    rows += [
+        (device_of(result), row["size"], row, row["model"])
+        for _, result in read(results, "gpu_suite")
+        for row in result["stages"]
+        if {"over_floor", "model"} <= set(row)
+    ]  # fmt: skip
+    for device, size, row, model in rows:
+        role = model.split(",")[0]
+        if role in ROLES and "full pass" not in model:  # a cached backbone does less than the floor counts
+            key = ("H200" if "H200" in device else device, size, row["ar_steps"], row["batch"], role)
+            found[key] = min(found.get(key, float("inf")), row["over_floor"])
+    return found
+
+
+def operations() -> str:
+    """Table of operations per image; the batch does not matter."""
+    rows = []
+    for size, model in PRESETS.items():
+        for k in AR_STEPS:
+            row: list[Any] = [size, k]
+            for settings in ROLES.values():
+                parts = by_part(sampling_loads(model, k, 1, **settings))
+                row += [parts[part].operations / 1e12 for part in PARTS]
+                row.append(sum(parts[part].operations for part in PARTS) / 1e12)
+            rows.append([*row, row[5] / row[9]])
+    heads = [f"{role}: {part}" for role in ROLES for part in (*PARTS, "all")]
+    return markdown(["", "K", *heads, "teacher / student"], rows)
+
+
+def floors(rate: float, measured: dict[tuple[str, str, int, int, str], float]) -> str:
+    """Table of bytes and of the least time per image."""
+    rows = []
+    for size, model in PRESETS.items():
+        for k in AR_STEPS:
+            for batch in BATCHES:
+                row: list[Any] = [size, k, batch]
+                for settings in ROLES.values():
+                    parts = by_part(sampling_loads(model, k, batch, itemsize=2, **settings))
+                    row.append(sum(load.bytes for load in parts.values()) / batch / 1e9)
+                for role, settings in ROLES.items():
+                    cpu = floor_seconds(sampling_loads(model, k, batch, **settings), rate)["total"] / batch
+                    row += [cpu, measured.get(("CPU", size, k, batch, role))]
+                for role, settings in ROLES.items():
+                    loads = sampling_loads(model, k, batch, itemsize=2, **settings)
+                    row.append(1000 * floor_seconds(loads, *H200)["total"] / batch)
+                    row.append(measured.get(("H200", size, k, batch, role)))
+                rows.append(row)
+    heads = ["", "K", "batch", *(f"{role} GB" for role in ROLES)]
+    heads += [h for d, unit in (("CPU", "s"), ("H200", "ms")) for r in ROLES for h in (f"{d} {r} {unit}", "x")]
+    return markdown(heads, rows)
+
+
+def side_by_side(results: Path) -> str:
+    """Tables of every run against the reference."""
+    texts = []
+    for name, result in read(results, "against_reference"):
+        s, m = result["settings"], result["machine"]
+        rows = []
+        for row in result["rows"]:
+            spread, ratio = f"{100 * row['spread']:.1f} %", row["reference_over_this"]
+            parts = [row["parts"].get(part) for part in PARTS]
+            seconds, count = row["seconds_per_image"], row["measurements"]
+            rows.append([row["batch"], row["model"], seconds, spread, count, ratio, row["over_floor"], *parts])
+        heads = ["batch", "model", "s/image", "spread", "n", "reference / this", "x floor", *PARTS]
+        error = max(e for n, e in result["errors"].items() if n.startswith("teacher"))
+        settings = f"K = {s['ar_steps']}, guidance {s['guidance']} linear, {s['head_steps']} steps, {s['dtype']}"
+        texts.append(
+            f"{s['preset']}, {settings}; {m.get('gpu', m['cpu'])}, {m['threads']} threads, {result['date']} "
+            f"({link(name)}); largest error of a token {error:.1e} of its largest entry:\n\n{markdown(heads, rows)}"
+        )
+    return "\n\n".join(texts) or "Not measured yet."
+
+
+def training(results: Path) -> str:
+    """Table of the updates at full size, and the ratio of head-only to full distillation."""
+    result = json.loads((results / "imagenet_scale.json").read_text())
+    stages = {row["stage"]: row for row in result["rows"] if "predicted_seconds" in row and row["size"] == "mar-b"}
+    verbs = [verb for verb in ("train", "distill head", "distill all", "rl") if verb in stages]
+    rows = [
+        [
+            verb, row["batch"], row.get("ar_steps"), row["seconds"], row["predicted_seconds"],
+            row["seconds"] / row["predicted_seconds"], row["tokens_per_second"], row["peak_memory"] / GIB,
+        ]
+        for verb in verbs for row in [stages[verb]]
+    ]  # fmt: skip
+    heads = ["update", "batch", "K", "seconds", "floor", "x", "tokens/s", "peak GiB"]
+    device = result["versions"]["device"]
+    text = f"mar-b on {device}, {result['date']} ({link('imagenet_scale.json')}):\n\n{markdown(heads, rows)}"
+    if {"distill head", "distill all"} <= set(stages):
+        head, everything = stages["distill head"], stages["distill all"]
+        ratio = everything["seconds"] / head["seconds"]
+        assert head["batch"] == everything["batch"]
+        text += f"\n\nHead-only distillation makes {ratio:.2f} times the updates per second of full distillation."
+    return text
+
+
+def gpu(results: Path) -> str:
+    """Tables of what the GPU suite found."""
+    texts = []
+    for name, result in read(results, "gpu_suite"):
+        stages = result["stages"]
+        drawn = [s for s in stages if "seconds_per_image" in s]
+        reference = {(s["batch"], s["ar_steps"]): s for s in drawn if s["model"].startswith("reference")}
+        rows = []
+        for s in drawn:
+            other = reference.get((s["batch"], s["ar_steps"])) if s["size"] == "mar-b" else None
+            ratio = other["seconds_per_image"] / s["seconds_per_image"] if other else None
+            rows.append(
+                [
+                    s["size"], s["model"], s["mode"], s["batch"], s["ar_steps"], 1000 * s["seconds_per_image"], ratio,
+                    s.get("over_floor"), s.get("transformer_matmul_share"),
+                ]
+            )  # fmt: skip
+        heads = ["", "model", "mode", "batch", "K", "ms/image", "reference / this", "x floor", "share of matmul rate"]
+        updates = [
+            [
+                s["size"], s["verb"], s["batch"], s["seconds_per_update"], s["floor_seconds"], s["over_floor"],
+                s["tokens_per_second"], s["peak_memory"] / GIB,
+            ]
+            for s in stages if "verb" in s and "seconds_per_update" in s
+        ]  # fmt: skip
+        texts.append(
+            f"{device_of(result)}, {result['date']} ({link(name)}):\n\n{markdown(heads, rows)}\n\n"
+            + markdown(["", "update", "batch", "seconds", "floor", "x", "tokens/s", "peak GiB"], updates)
+        )
+    return "\n\n".join(texts) or "Not measured yet."
+
+
+def tables(rate: float, results: Path = RESULTS) -> str:
+    """All tables; ``rate`` in operations per second."""
+    sections: list[tuple[str, Callable[[], str]]] = [
+        ("### Operations per image, in 10^12", operations),
+        (
+            "### Bytes and floor per image\n\nGB in bf16. CPU: float32 operations at "
+            f"{rate / 1e12:.3g} TFLOP/s, measured by the command; H200: bf16, {H200[0] / 1e12:.0f} TFLOP/s and "
+            f"{H200[1] / 1e12:.1f} TB/s. x: measured time over the floor at the rate of the same run, where there is a "
+            "measurement.",
+            lambda: floors(rate, over_floors(results)),
+        ),
+        ("### Against the reference", lambda: side_by_side(results)),
+        ("### Training", lambda: training(results)),
+        ("### On a GPU", lambda: gpu(results)),
+    ]  # fmt: skip
+    return "\n\n".join(f"{head}\n\n{table()}" for head, table in sections)
+
+
+def page(text: str, rate: float, results: Path = RESULTS) -> str:
+    """The page with its tables made anew.
+
+    Raises:
+        ValueError: a marker is missing.
+    """
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise ValueError(f"the page must have {BEGIN} and then {END}, once each")
+    before, after = text.split(BEGIN)[0], text.split(END)[1]
+    return f"{before}{BEGIN}\n\n{tables(rate, results)}\n\n{END}{after}"
+
+
+def rate_in(text: str) -> float:
+    """The rate that a page's tables were made with."""
+    match = re.search(r"operations at ([\d.]+) TFLOP/s, measured by the command", text)
+    assert match
+    return float(match[1]) * 1e12
+
+
+def main(words: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rate", type=float, help="10^12 operations per second; measured on this CPU if left out")
+    parser.add_argument("--page", type=Path, default=PAGE)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    args = parser.parse_args(words)
+    rate = args.rate * 1e12 if args.rate else matmul_rate(torch.device("cpu"), torch.float32, 3.0)
+    rate = float(f"{rate:.3g}")  # as the page shows it
+    args.page.write_text(page(args.page.read_text(), rate, args.results))
+    print(f"{args.page.name}: tables at {rate / 1e12:g} TFLOP/s")
+
+
+if __name__ == "__main__":
+    main()
