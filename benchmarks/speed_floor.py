@@ -181,9 +181,18 @@ def gpu(results: Path) -> str:
             ]
             for s in stages if "verb" in s and "seconds_per_update" in s
         ]  # fmt: skip
+        ratios = []
+        for size in PRESETS:
+            one = {s["verb"]: s for s in stages if "seconds_per_update" in s and s["size"] == size}
+            if {"distill head", "distill all"} <= set(one) and one["distill head"]["batch"] == one["distill all"][
+                "batch"
+            ]:
+                ratio = one["distill all"]["seconds_per_update"] / one["distill head"]["seconds_per_update"]
+                ratios.append(f"\n\n{size}: head-only distillation makes {ratio:.2f} times the updates per second.")
         texts.append(
             f"{device_of(result)}, {result['date']} ({link(name)}):\n\n{markdown(heads, rows)}\n\n"
             + markdown(["", "update", "batch", "seconds", "floor", "x", "tokens/s", "peak GiB"], updates)
+            + "".join(ratios)
         )
     return "\n\n".join(texts) or "Not measured yet."
 

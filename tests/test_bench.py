@@ -232,6 +232,10 @@ def test_measurements_reach_the_tables(speed_floor, tmp_path):
     (tmp_path / "side.json").write_text(json.dumps(result))
     drawn = {**row, "size": "mar-h", "model": "student", "mode": "bf16+graphs", "over_floor": 3.21}
     suite = {"benchmark": "gpu_suite", "date": "2026-11-23", "machine": {"gpu": "NVIDIA H200"}, "stages": [drawn]}
+    update = {"size": "mar-b", "batch": 96, "floor_seconds": 0.1, "over_floor": 2.0, "tokens_per_second": 1e5}
+    update["peak_memory"] = 2**30
+    for verb, seconds in (("distill head", 0.2), ("distill all", 0.9)):
+        suite["stages"].append({**update, "verb": verb, "seconds_per_update": seconds})
     (tmp_path / "gpu.json").write_text(json.dumps(suite))
     text = speed_floor.tables(0.1e12, tmp_path)
     floors = [
@@ -241,6 +245,7 @@ def test_measurements_reach_the_tables(speed_floor, tmp_path):
     assert floors[1][-1] == "3.21 |"
     assert "| 1 | student | 12.5 | 1.3 % | 48 | 6.25 | 1.23 | 4 | 8 | 0.5 |" in text
     assert "| mar-h | student | bf16+graphs | 1 | 16 | 12,500 |" in text
+    assert "mar-b: head-only distillation makes 4.50 times the updates per second" in text
     assert "3.56 times the updates per second" in text  # 19.49 s over 5.48 s
     with pytest.raises(ValueError, match="the page must have"):
         speed_floor.page("no markers", 1e12)
