@@ -202,14 +202,14 @@ def bench(
     for model in models.values():
         model.accelerate(graphs, compile)
     rates = rates_of(place, dtype)
-    rows, speedup = [], {}
+    rows, speedup, quiet = [], {}, os.environ.get("RANK", "0") != "0"
     given = ar_steps or [models["student"].sampling.ar_steps]
     for batch in batches:
         for k in given:
             configs = {name: model.settings(**settings, ar_steps=k) for name, model in models.items()}
             times: dict[str, list[float]] = {name: [] for name in models}
             peaks = dict.fromkeys(models, 0)
-            for repeat in tqdm(range(repeats + 1), desc=f"batch {batch}, K {k}", delay=2, leave=False):
+            for repeat in tqdm(range(repeats + 1), desc=f"batch {batch}, K {k}", delay=2, leave=False, disable=quiet):
                 for name, model in models.items():
                     reset_peak(place)
                     times[name].append(time_batch(model, configs[name], batch, seed=repeat))
@@ -228,9 +228,16 @@ def bench(
                 )  # fmt: skip
             speedup[f"batch {batch}, K {k}"] = rows[-2]["seconds_per_image"] / rows[-1]["seconds_per_image"]
     options = {"repeats": repeats, "dtype": dtype, "graphs": graphs, "compile": compile}
-    protocol = {**options, **to_dict(models["teacher"].settings(**settings))}
+    protocol = {**options, **to_dict(models["teacher"].settings(**settings)), "ar_steps": given}
     about = {"machine": machine(place), "versions": versions(place), "date": time.strftime("%Y-%m-%d")}
-    found = {"rows": rows, "speedup": speedup, "rates": rates, "settings": protocol, **about, "command": sys.argv}
+    found = {
+        "rows": rows,
+        "speedup": speedup,
+        "rates": rates,
+        "settings": protocol,
+        **about,
+        "command": " ".join(["marval", *sys.argv[1:]]),
+    }
     if budget is not None:
         found["budget"] = largest_within(models["student"], budget / 1000, batches[0], repeats, settings)
     return found
