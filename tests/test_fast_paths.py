@@ -15,6 +15,7 @@ from marval.config import MARConfig, SamplingConfig, StudentConfig
 from marval.graphs import Graphs, plainly
 from marval.models.cached import CachedBackbone
 from marval.models.mar import MAR, gather_tokens
+from marval.models.packed import PackedLinear, pack_linears
 from marval.pipeline import Pipeline
 from marval.rng import ImageNoise, generator
 from marval.tokenizers import PixelTokenizer
@@ -148,6 +149,25 @@ def test_bf16_weights(folder):
     assert np.abs(a - b).mean() < 10  # of 255
     with pytest.raises(ValueError, match="unknown dtype 'half'"):
         Pipeline.load(folder(), dtype="half")  # type: ignore[arg-type]
+
+
+def test_packed_linears():
+    plain, packed = network(), network()
+    pack_linears(packed, smallest=32 * 32)
+    kinds = [type(packed.get_submodule(f"decoder_blocks.0.{name}")) for name in ("attn.qkv", "mlp.fc1", "mlp.fc2")]
+    assert kinds == [PackedLinear] * 3
+    assert type(packed.z_proj) is torch.nn.Linear
+    tokens, orders, labels = states()
+    visible, target = asked(orders, 1)
+    with torch.inference_mode():
+        found, expected = (n.condition(tokens, visible, labels, target) for n in (packed, plain))
+        assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert_close(packed.condition(tokens, visible, labels, target), expected, rtol=1e-5, atol=1e-5)
+    assert {name: p.shape for name, p in plain.state_dict().items()} == {
+        name: p.shape for name, p in packed.state_dict().items()
+    }
+    pack_linears(packed, smallest=0)  # what is packed stays
+    assert isinstance(packed.z_proj, PackedLinear)
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")

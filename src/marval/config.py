@@ -417,8 +417,8 @@ class EvaluateConfig:
 
     reference: str = ""
     """What the images are compared with: `digits`, a split of data to train on (`DATA:train`, `DATA:test`), a folder of
-    images (also nested), an .npz of images (`images` or `arr_0`, uint8 NHWC), or an .npz of statistics: `mu` and `sigma`, as ADM's and MAR's files have, for sFID also
-    `mu_s` and `sigma_s`; or what --save-reference wrote."""
+    images (also nested), an .npz of images (`images` or `arr_0`, uint8 NHWC), or an .npz of statistics: `mu` and
+    `sigma`, as ADM's and MAR's files have, for sFID also `mu_s` and `sigma_s`; or what --save-reference wrote."""
     num_images: int = 5000
     """Images drawn, over all processes, of all classes in turn; 50,000 is the custom on ImageNet."""
     seed: int = 0

@@ -67,7 +67,8 @@ def save_images(
     if shard and (graphs or compile):
         raise ValueError("--shard moves the weights about: it goes neither with --graphs nor with --compile")
     model = Pipeline.load(folder, world.device, dtype="bf16" if is_bf16(precision, world.device) else "float32")
-    model.accelerate(graphs, compile)
+    if not shard:
+        model.accelerate(graphs, compile)
     model.require_images()
     order = settings.get("order")
     if order and "," in order:

@@ -339,6 +339,8 @@ def evaluate_folder(
     for row in rows:
         model.settings(**row)
     network = _load_network(config, folder, world)
+    if not config.shard:
+        model.accelerate()
     rewards = _load_rewards(config, model)
     if world.is_main:
         writable_folder(out.parent)

@@ -17,6 +17,7 @@ from marval.diffusion import cosine_schedule, respace
 from marval.graphs import Call, Graphs, plainly
 from marval.models.autoencoders import CONFIG, link_autoencoder
 from marval.models.mar import MAR
+from marval.models.packed import pack_linears
 from marval.rng import ImageNoise
 from marval.tokenizers import (
     NO_IMAGES,
@@ -83,12 +84,15 @@ class Pipeline:
         return self
 
     def accelerate(self, graphs: bool = False, compile: bool = False) -> "Pipeline":
-        """Sample faster, with the same images up to rounding. The first call of each shape prepares, which takes
+        """Sample faster, with the same images up to rounding. Afterwards the weights must not change.
+
+        On the CPU, the weights of large layers are also stored as the fastest kernels read them, which doubles the
+        memory (`marval.models.packed`). What the arguments ask for is prepared at the first call of each shape, in
         seconds to minutes, so it pays for many images.
 
         Args:
             graphs: on CUDA, record backbone and head of each AR step as CUDA graphs: at small batches the launches take
-                longer than the work. The weights must not be replaced afterwards.
+                longer than the work.
             compile: compile the blocks of transformer and head (torch.compile; needs a C++ compiler).
 
         Raises:
@@ -98,6 +102,8 @@ class Pipeline:
             raise ValueError(f"CUDA graphs need a CUDA device, but the model is on {self.device}")
         if graphs:
             self.call = Graphs()
+        if self.device.type == "cpu":
+            pack_linears(self.network)
         if compile:
             self.network.compile_blocks()
         return self

@@ -21,7 +21,8 @@ class SinusoidalMLP(nn.Module):
     def forward(self, values: Tensor) -> Tensor:
         exponents = torch.arange(self.num_frequencies, dtype=torch.float32, device=values.device) / self.num_frequencies
         angles = values[..., None].float() * torch.exp(-math.log(10000) * exponents)
-        return self.mlp(torch.cat([torch.cos(angles), torch.sin(angles)], dim=-1).to(self.mlp[0].weight.dtype))
+        dtype = self.mlp[0].get_parameter("weight").dtype
+        return self.mlp(torch.cat([torch.cos(angles), torch.sin(angles)], dim=-1).to(dtype))
 
 
 def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
