@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from marval.models.head import SinusoidalMLP
 from marval.models.mar import MAR
 
 SCALE = 2.0
@@ -54,7 +55,8 @@ class Adapters(nn.Module):
 
 
 def adapt(network: MAR, rank: int, seed: int = 0) -> Adapters:
-    """Freeze the network and give each linear layer of backbone and head an adapter, in place.
+    """Freeze the network and give each linear layer of backbone and head an adapter, in place; but not those that embed
+    the timestep, which a student never changes, and the guidance scale.
 
     Raises:
         ValueError: the rank is below 1.
@@ -64,8 +66,9 @@ def adapt(network: MAR, rank: int, seed: int = 0) -> Adapters:
     network.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     layers = {}
+    embeds = [name for name, module in network.named_modules() if isinstance(module, SinusoidalMLP)]
     for name, module in list(network.named_modules()):
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear) and not name.startswith(tuple(embeds)):
             out_dim, in_dim = module.weight.shape
             layer = LowRank(out_dim, in_dim, rank, generator, module.weight.device)
             parametrize.register_parametrization(module, "weight", layer)
