@@ -511,7 +511,7 @@ def write_page() -> None:
 def side_by_side(name: str, pictures: dict[str, str]) -> str:
     """Writes docs/images/rl_NAME.png, a block for each model; returns its place in the page."""
     blocks = [np.asarray(Image.open(io.BytesIO(base64.b64decode(png)))) for png in pictures.values()]
-    scale = max(1, round(240 / blocks[0].shape[1]))
+    scale = max(1, round(480 / blocks[0].shape[1]))
     big = [block.repeat(scale, 0).repeat(scale, 1) for block in blocks]
     gap = np.full((8 * scale // 2, *big[0].shape[1:]), 255, np.uint8)
     whole = np.concatenate([part for block in big for part in (block, gap)][:-1])

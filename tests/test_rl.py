@@ -295,6 +295,18 @@ def test_target_and_held_out_rewards(file: Path, tmp_path: Path, capsys: pytest.
     assert stopped.provenance["best_update"] == 0
 
 
+def test_a_weighted_sum_is_normalised_on_the_starting_student(file: Path, tmp_path: Path):
+    """0.05 of the classifier's log-probability outweighs brightness; 0.05 of its deviation does not."""
+    before = brightness(Pipeline.load(tiny.student()))
+    folder = str(tiny.classifier())
+    reward = f"1*{file}:brightness + 0.05*classifier"
+    model = aligned(tmp_path / "run", reward=reward, classifier=folder, eval_images=200, select="reward")
+    rows = [row for row in tiny.metrics(tmp_path / "run") if "reward_heldout" in row]
+    assert abs(rows[0]["reward_heldout"]) < 0.2
+    assert rows[-1]["reward_heldout"] > 1  # deviations of single images
+    assert brightness(model) > before + 0.03
+
+
 def test_schedule_of_the_anchor(file: Path, tmp_path: Path):
     config = RLConfig(anchor=2.0, anchor_final=0.5, steps=4)
     assert [config.anchor_at(step) for step in range(4)] == [2.0, 1.5, 1.0, 0.5]

@@ -32,13 +32,15 @@ from marval.models.lora import adapt
 from marval.models.mar import MAR
 from marval.monitor import Monitor, image_statistics
 from marval.pipeline import Pipeline
-from marval.rewards import check_reward, class_prompts, load_reward
+from marval.rewards import WeightedSum, calibrate, check_reward, class_prompts, load_reward
 from marval.run import Run, Update, add_weighted, autocast, prepare
 from marval.tokenizers import to_float
 from marval.train import save_sample_grid
 
 PROBE = 8
 """Images on which the reward is tried before anything else happens."""
+CALIBRATION = 200
+"""Images on which the parts of a weighted sum get mean 0 and deviation 1."""
 
 
 def rl(config: RLConfig, student_folder: Path, out: Path, resume: bool = False) -> Pipeline:
@@ -62,11 +64,18 @@ def rl(config: RLConfig, student_folder: Path, out: Path, resume: bool = False) 
         config.reward, classifier=config.classifier, class_names=model.class_names, template=config.prompt,
         device=world.device,
     )  # fmt: skip
-    probed = [i % num_classes for i in range(PROBE)]
-    probe = to_float(torch.from_numpy(model.sample(probed, seed=config.seed))).to(world.device)
-    check_reward(reward, probe, [prompts[label] for label in probed])
+
+    def drawn(count: int) -> tuple[Tensor, list[str]]:
+        """Images of the starting student, classes in turn, and their prompts; the same on all processes."""
+        asked = [i % num_classes for i in range(count)]
+        images = to_float(torch.from_numpy(model.sample(asked, seed=config.seed))).to(world.device)
+        return images, [prompts[label] for label in asked]
+
+    check_reward(reward, *drawn(PROBE))
     if config.algorithm == "gradient" and not reward.differentiable:
         raise ValueError(f"reward {config.reward!r} is not differentiable: use --algorithm group")
+    if isinstance(reward, WeightedSum):
+        reward = calibrate(reward, *drawn(CALIBRATION))
     monitor = Monitor.make(config, model, reward, world)
 
     blank = template(student)
