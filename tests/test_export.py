@@ -166,7 +166,7 @@ def test_numbers_that_are_not_this_models(run, tmp_path, content, message):
 
 
 def test_errors(run, tmp_path):
-    with pytest.raises(ValueError, match=r"absent/config\.json does not exist"):
+    with pytest.raises(ValueError, match=r"absent' does not exist: give a model's folder"):
         export(tmp_path / "absent", tmp_path / "out")
     with pytest.raises(ValueError, match=r"none\.json does not exist"):
         export(run, tmp_path / "out", numbers=tmp_path / "none.json")

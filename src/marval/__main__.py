@@ -79,8 +79,9 @@ def distill_verb(args: list[str]) -> None:
             plan("distill", name, config, teacher, processes)
             return
         from marval.distill import distill
+        from marval.shipped import model_folder
 
-        teacher, out = needed(teacher, "teacher"), needed(out, "out")
+        teacher, out = model_folder(needed(teacher, "teacher")), needed(out, "out")
         distill(config, teacher, out, resume)
         say(f"student in {out}")
 
@@ -109,8 +110,9 @@ def rl_verb(args: list[str]) -> None:
             plan("rl", name, config, student, processes)
             return
         from marval.rl import rl
+        from marval.shipped import model_folder
 
-        student, out = needed(student, "student"), needed(out, "out")
+        student, out = model_folder(needed(student, "student")), needed(out, "out")
         rl(config, student, out, resume)
         say(f"aligned student in {out}")
 
@@ -167,7 +169,7 @@ def sample_verb(args: list[str]) -> None:
         """Draw images: PNG files, grid.png, and samples.npz with uint8 NHWC `images` and `labels`.
 
         Args:
-            model: Folder of a teacher or a student.
+            model: Folder of a teacher or a student, or a model that comes with marval, such as fashion-mnist/student.
             out: New folder for the images.
             classes: Indices or names, comma-separated; `all`; or `none` for unconditional images.
             num_images: How many, over the classes in turn; one per class if left out.
@@ -396,7 +398,9 @@ def import_taesd_verb(args: list[str]) -> None:
 
 
 def export_verb(args: list[str]) -> None:
-    def export(*, model: Path, out: Path, licence: str | None = None, numbers: Path | None = None) -> None:
+    def export(
+        *, model: Path, out: Path, licence: str | None = None, numbers: Path | None = None, half: bool = False
+    ) -> None:  # fmt: skip
         """Write a model folder to publish: weights, config, autoencoder and a model card.
 
         Args:
@@ -404,10 +408,12 @@ def export_verb(args: list[str]) -> None:
             out: New folder.
             licence: Of the weights, such as apache-2.0.
             numbers: JSON of marval evaluate, for the card.
+            half: Store the weights in float16, at half the bytes.
         """
         from marval.export import export
+        from marval.shipped import model_folder
 
-        print(export(model, out, licence, numbers))
+        print(export(model_folder(model), out, licence, numbers, half))
 
     parse(export, "export", args)
 

@@ -46,6 +46,7 @@ from marval.reference import Reference, chunk_rows, gather_chunks, load_referenc
 from marval.rewards import UserReward, class_prompts, load_reward, score
 from marval.rng import generator
 from marval.run import autocast, is_bf16, new_folder, versions, writable_folder
+from marval.shipped import model_folder
 from marval.tables import check_matplotlib, one_line, plot, result_table, sweep_table
 from marval.tokenizers import to_float, to_uint8
 
@@ -334,6 +335,7 @@ def evaluate_folder(
     if picture is not None:
         check_matplotlib()
     world.barrier()  # every process has looked at the files before one is written
+    folder = model_folder(folder)
     model = Pipeline.load(folder, world.device, config.weights)
     model.require_images()
     for row in rows:

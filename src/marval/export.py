@@ -66,7 +66,9 @@ Measured by `marval evaluate`, with the protocol below them.
 """
 
 
-def export(model: Path, out: Path, licence: str | None = None, numbers: Path | None = None) -> str:
+def export(
+    model: Path, out: Path, licence: str | None = None, numbers: Path | None = None, half: bool = False
+) -> str:  # fmt: skip
     """Write a folder to publish: model.safetensors, config.json, tokenizer/ and README.md; returns one line about it.
 
     It loads as any other (`marval.load`) and draws the same images. README.md is a model card in the Hugging Face hub's
@@ -75,16 +77,19 @@ def export(model: Path, out: Path, licence: str | None = None, numbers: Path | N
     Args:
         licence: of the weights, such as ``apache-2.0``, or any text; left out, the card says that none is stated.
         numbers: JSON of `marval evaluate` for this model.
+        half: store the weights in float16: half the bytes; numbers must be those of a model with such weights.
 
     Raises:
         ValueError: no model in the folder, numbers of another model, or ``out`` is not empty.
     """
     pipeline, name = Pipeline.load(model), out.resolve().name
+    if half:
+        pipeline.network.half().float()
     table = "" if numbers is None else _table(numbers, pipeline, name)
     run = read_json(model / "meta.json") if (model / "meta.json").exists() else {}
     pipeline.provenance = without_folders(pipeline.provenance)
     new_folder(out)
-    pipeline.save(out)
+    pipeline.save(out, half)
     card = model_card(pipeline, name, licence, table, without_folders(run))
     write_atomically(out / "README.md", lambda path: path.write_text(card, encoding="utf-8", newline="\n"))
     has = "weights, config" + (", autoencoder" if (out / "tokenizer").exists() else "") + " and model card"

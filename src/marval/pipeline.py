@@ -19,6 +19,7 @@ from marval.models.autoencoders import CONFIG, link_autoencoder
 from marval.models.mar import MAR
 from marval.models.packed import pack_linears
 from marval.rng import ImageNoise
+from marval.shipped import model_folder
 from marval.tokenizers import (
     NO_IMAGES,
     LatentTokenizer,
@@ -115,9 +116,10 @@ class Pipeline:
         cls, path: str | Path, device: torch.device | str = "cpu", weights: Literal["ema", "raw"] = "ema",
         dtype: Literal["float32", "bf16"] = "float32",
     ) -> "Pipeline":  # fmt: skip
-        """A folder that marval wrote (train, distill, rl, import-mar, export).
+        """A folder that marval wrote (train, distill, rl, import-mar, export), or a model that comes with it.
 
         Args:
+            path: the folder, or a name such as ``fashion-mnist/student`` (`marval.shipped`).
             weights: the average that model.safetensors holds; or, from a run's checkpoint.pt, what was trained, as it
                 is after the last update.
             dtype: of the weights; bf16 is for sampling only, at half the memory.
@@ -125,7 +127,7 @@ class Pipeline:
         Raises:
             ValueError: something is missing, damaged or does not fit; the message names the file and the tensor.
         """
-        path = Path(path)
+        path = model_folder(path)
         check(weights in ("ema", "raw"), f"unknown weights {weights!r}: choose ema or raw")
         sizes, student, config = read_config(path)
         try:
@@ -154,14 +156,15 @@ class Pipeline:
             network.to_bf16()
         return cls(network, tokenizer, names, sampling_defaults, student, provenance).to(device)
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | Path, half: bool = False) -> None:
         """Write ``config.json`` and ``model.safetensors`` into the folder, each atomically, and link the autoencoder's
-        files, if there are any, into ``tokenizer`` below it."""
+        files, if there are any, into ``tokenizer`` below it. ``half`` stores the weights in float16."""
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
         if isinstance(self.tokenizer, LatentTokenizer) and self.tokenizer.folder is not None:
             link_autoencoder(self.tokenizer.folder, path / "tokenizer")
-        save_tensors(path / "model.safetensors", self.network.state_dict())
+        tensors = self.network.state_dict()
+        save_tensors(path / "model.safetensors", {name: x.half() if half else x for name, x in tensors.items()})
         config = {
             "format": FORMAT,
             "model": to_dict(self.network.config),

@@ -136,7 +136,7 @@ class MAR(nn.Module):
     def compile_blocks(self) -> None:
         """Compile the blocks of encoder, decoder and head in place; names and weights stay."""
         for block in [*self.encoder_blocks, *self.decoder_blocks, *self.head.res_blocks]:
-            block.compile()
+            block.compile(dynamic=True)  # the number of visible tokens changes from step to step
 
     def class_embedding(self, labels: Tensor) -> Tensor:
         """(B,) classes in [0, num_classes], where num_classes stands for "no class" -> (B, E)."""
