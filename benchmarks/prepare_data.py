@@ -2,9 +2,9 @@
 
     python benchmarks/prepare_data.py fashion-mnist FOLDER data/fashion-mnist.npz
 
-FOLDER holds the data set's own files: Fashion-MNIST's four `*-ubyte.gz`, CIFAR-10's `cifar-10-batches-bin`; or, as beside
-this repository, the packed files and their `read_data.py`, whose Fashion-MNIST has another split (every seventh image is
-held out: 10,000) and whose CIFAR-10 is JPEG of quality 95.
+FOLDER holds the data set's own files: Fashion-MNIST's four `*-ubyte.gz`, CIFAR-10's `cifar-10-batches-bin`; or, as
+beside this repository, the packed files and their `read_data.py`, whose Fashion-MNIST has another split (every seventh
+image is held out: 10,000) and whose CIFAR-10 is JPEG of quality 95.
 """
 
 import argparse
@@ -51,7 +51,8 @@ def cifar10(folder: Path) -> list[Split]:
 def packed(folder: Path, name: str) -> tuple[list[Split], list[str]]:
     """Both splits and the class names through the `read_data.py` of the folder."""
     spec = importlib.util.spec_from_file_location("read_data", folder / "read_data.py")
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     held_out = "val" if name == "imagenette64" else "test"
