@@ -81,12 +81,16 @@ STUDIES = {
 }
 """Estimated, not yet measured as a whole: see docs/rl.md."""
 
-GREY = """
-def grey(images, prompts):
-    return -(images.mean((1, 2, 3)) - {grey}).square()
+REWARDS = """
+def ink(images, prompts):
+    return images.mean((1, 2, 3))
 
-grey.differentiable = True
+def grey(images, prompts):
+    return -(ink(images, prompts) - {grey}).square()
+
+ink.differentiable = grey.differentiable = True
 """
+"""A reward that wants white squares, and one with an optimum."""
 GSIM: dict[str, Any] = {"anchor": 1.0}
 NONE: dict[str, Any] = {"anchor": 0.0}
 ANCHORS: dict[str, dict[str, Any]] = {
@@ -96,9 +100,10 @@ ANCHORS: dict[str, dict[str, Any]] = {
     "KL 0.003": {"anchor": 0.0, "kl": 0.003},
     "hinge at -0.05": {"anchor": 0.0, "hinge": -0.05},
     "adapters of rank 4": {"anchor": 0.0, "trained": "lora", "lora_rank": 4},
-    "last 2 AR steps": {"anchor": 0.0, "grad_ar_steps": 2},
     "2 random AR steps": {"anchor": 0.0, "grad_ar_steps": 2, "grad_ar_choice": "random"},
 }
+INK = ("none", "GSIM 1", "KL 0.003")
+"""The anchors tried on the reward that wants white squares."""
 
 
 class SingleStep(RewardGradient):
@@ -124,6 +129,9 @@ class Bench:
         self.all: dict[str, Any] = read_json(self.file) if self.file.exists() else {}
         self.results = self.all.setdefault(name, {"rows": {}, "pictures": {}})
         self.student = Pipeline.load(run / "student")
+        self.folder = tempfile.TemporaryDirectory(prefix="rl-study-")
+        self.rewards = Path(self.folder.name) / "rewards.py"
+        self.rewards.write_text(REWARDS.format(grey=self.study.grey))
         protocol = {"study": dataclasses.asdict(self.study), "provenance": self.student.provenance}
         if self.results.setdefault("protocol", protocol) != protocol:
             raise SystemExit(f"{self.file} holds a {name} study of another student or other settings: remove it there")
@@ -189,7 +197,10 @@ class Bench:
         for seed in self.seeds:
             for name, changes in ANCHORS.items():
                 pictured = name in ("none", "GSIM 1")
-                self.align(f"anchors/{name}", seed, pictured=pictured, lr=self.study.pressure, **changes)
+                self.align(f"anchors/{name}", seed, pictured, lr=self.study.pressure, **changes)
+            for name in INK:
+                reward = f"{self.rewards}:ink"
+                self.align(f"anchors/ink, {name}", seed, True, reward=reward, lr=self.study.pressure, **ANCHORS[name])
 
     def intermediates(self) -> None:
         """Rewards of whole images against rewards of what one AR step makes of all tokens."""
@@ -201,14 +212,11 @@ class Bench:
 
     def agreement(self) -> None:
         """One optimum inside the range of images, without anchors: both algorithms, until they are there."""
-        with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder) / "reward.py"
-            file.write_text(GREY.format(grey=self.study.grey))
-            common = {"reward": f"{file}:grey", "lr": self.study.pressure, "anchor": 0.0}
-            for seed in self.seeds:
-                self.align("agreement/gradient", seed, **common)
-                steps = 2 * self.study.updates
-                self.align("agreement/group", seed, algorithm="group", steps=steps, std=0.2, **common)
+        common: dict[str, Any] = {"reward": f"{self.rewards}:grey", "lr": self.study.pressure, "anchor": 0.0}
+        for seed in self.seeds:
+            self.align("agreement/gradient", seed, **common)
+            steps = 2 * self.study.updates
+            self.align("agreement/group", seed, algorithm="group", steps=steps, std=0.2, **common)
 
     def best_of_n(self) -> None:
         """The student's best of n by the same reward, on the seeds of the runs' evaluations."""
@@ -516,7 +524,7 @@ def side_by_side(name: str, pictures: dict[str, str]) -> str:
     gap = np.full((8 * scale // 2, *big[0].shape[1:]), 255, np.uint8)
     whole = np.concatenate([part for block in big for part in (block, gap)][:-1])
     save_png(PICTURES / f"rl_{name}.png", whole if whole.ndim == 3 else whole[..., None])
-    names = "; ".join(key.replace("/", ", ").replace("anchors, none", "under pressure, no anchor") for key in pictures)
+    names = "; ".join(key.rpartition("/")[2].replace("none", "no anchor") for key in pictures)
     return f"The same seeds in each block, from above: {names}.\n\n![Images of each model](images/rl_{name}.png)"
 
 
