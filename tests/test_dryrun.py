@@ -102,7 +102,7 @@ def test_memory_is_that_of_real_rl(checkpoint: bool, tmp_path: Path):
     planned = plan("rl", config, model, student=StudentConfig(), this_machine=False)
     student = tiny.student()
     measured = peak_of(lambda: rl(config, student, tmp_path / "run"))
-    assert planned["memory"]["total"] == pytest.approx(measured, rel=0.15)
+    assert planned["memory"]["total"] == pytest.approx(measured, rel=0.15 if checkpoint else 0.25)
     anchored = plan("rl", dataclasses.replace(config, anchor=1.0), model, student=StudentConfig(), this_machine=False)
     assert anchored["operations"]["image"] > planned["operations"]["image"]
     assert anchored["memory"]["weights"] > planned["memory"]["weights"]
