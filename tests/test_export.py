@@ -178,3 +178,14 @@ def test_paths_are_cut():
     values = {"a": "/x/y", "b": ["~/z/", "C:\\u\\v", "runs/w", "a/b of c", 3, None], "c": {"d": "sha256 1/2"}}
     cut = {"a": "y", "b": ["z", "v", "runs/w", "a/b of c", 3, None], "c": {"d": "sha256 1/2"}}
     assert without_folders(values) == cut
+
+
+def test_half_and_name(run: Path, tmp_path: Path):
+    export(run, tmp_path / "first", half=True)
+    export(tmp_path / "first", tmp_path / "second", half=True, name="digits/student")
+    assert 'marval.load("digits/student")' in (tmp_path / "second" / "README.md").read_text()
+    files = [folder / "model.safetensors" for folder in (run, tmp_path / "first", tmp_path / "second")]
+    assert files[1].read_bytes() == files[2].read_bytes()
+    assert files[1].stat().st_size < 0.6 * files[0].stat().st_size
+    exact, half = (marval.load(file.parent).sample_tokens([1, 2], seed=3) for file in files[:2])
+    assert 0 < float((exact - half).abs().mean()) < 0.02

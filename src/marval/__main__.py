@@ -399,7 +399,8 @@ def import_taesd_verb(args: list[str]) -> None:
 
 def export_verb(args: list[str]) -> None:
     def export(
-        *, model: Path, out: Path, licence: str | None = None, numbers: Path | None = None, half: bool = False
+        *, model: Path, out: Path, licence: str | None = None, numbers: Path | None = None, half: bool = False,
+        name: str | None = None,
     ) -> None:  # fmt: skip
         """Write a model folder to publish: weights, config, autoencoder and a model card.
 
@@ -409,11 +410,12 @@ def export_verb(args: list[str]) -> None:
             licence: Of the weights, such as apache-2.0.
             numbers: JSON of marval evaluate, for the card.
             half: Store the weights in float16, at half the bytes.
+            name: What the card calls the model; the folder's name if left out.
         """
         from marval.export import export
         from marval.shipped import model_folder
 
-        print(export(model_folder(model), out, licence, numbers, half))
+        print(export(model_folder(model), out, licence, numbers, half, name))
 
     parse(export, "export", args)
 

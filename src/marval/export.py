@@ -67,7 +67,8 @@ Measured by `marval evaluate`, with the protocol below them.
 
 
 def export(
-    model: Path, out: Path, licence: str | None = None, numbers: Path | None = None, half: bool = False
+    model: Path, out: Path, licence: str | None = None, numbers: Path | None = None, half: bool = False,
+    name: str | None = None,
 ) -> str:  # fmt: skip
     """Write a folder to publish: model.safetensors, config.json, tokenizer/ and README.md; returns one line about it.
 
@@ -78,11 +79,12 @@ def export(
         licence: of the weights, such as ``apache-2.0``, or any text; left out, the card says that none is stated.
         numbers: JSON of `marval evaluate` for this model.
         half: store the weights in float16: half the bytes; numbers must be those of a model with such weights.
+        name: what the card calls the model; the folder's name if left out.
 
     Raises:
         ValueError: no model in the folder, numbers of another model, or ``out`` is not empty.
     """
-    pipeline, name = Pipeline.load(model), out.resolve().name
+    pipeline, name = Pipeline.load(model), name or out.resolve().name
     if half:
         pipeline.network.half().float()
     table = "" if numbers is None else _table(numbers, pipeline, name)
