@@ -1,9 +1,10 @@
 """What faster sampling costs in quality: AR steps, orders that spread tokens, cached backbones, on a trained model.
 
     python benchmarks/fast_settings.py runs/quickstart/student digits OUT.json --ar-steps 4,8,16
-    python benchmarks/fast_settings.py --table OUT.json [OUT2.json ...]
+    python benchmarks/fast_settings.py runs/quickstart/student digits OUT.json --clock  # on a quiet machine
 
-Each combination draws the same seeds. The first form goes on where an interrupted one ended; the second prints tables.
+Each combination draws the same seeds. The first command goes on where an interrupted one ended. With OUT.json in
+benchmarks/results, benchmarks/speed_floor.py writes its table.
 """
 
 import argparse
@@ -30,9 +31,9 @@ def measure(args: argparse.Namespace) -> None:
     network = load_features(str(args.features or args.model.parent / "classifier"))
     reference = load_reference(args.reference, network, None, model.tokenizer.image_channels)
     results: dict[str, Any] = {
-        "model": args.model.as_posix(), "reference": args.reference, "num_images": args.num_images, "seeds": args.seeds,
-        "guidance": model.sampling.guidance, "date": time.strftime("%Y-%m-%d"), "versions": versions(model.device),
-        "rows": [],
+        "benchmark": "fast_settings", "model": args.model.as_posix(), "reference": args.reference,
+        "num_images": args.num_images, "seeds": args.seeds, "guidance": model.sampling.guidance,
+        "date": time.strftime("%Y-%m-%d"), "versions": versions(model.device), "rows": [],
     }  # fmt: skip
     if args.out.exists():
         results["rows"] = read_json(args.out)["rows"]
@@ -74,37 +75,11 @@ def same(row: dict[str, Any], other: dict[str, Any]) -> bool:
     return all(row[name] == other[name] for name in SETTINGS)
 
 
-def table(files: list[Path]) -> str:
-    """Markdown, one table for each file."""
-    lines = []
-    for file in files:
-        results = read_json(file)
-        rows = results["rows"]
-        lines += [
-            f"`{results['model']}`, guidance {results['guidance']:g}, {results['seeds']} seeds of "
-            f"{results['num_images']:,} images, {results['date']} ([results]({Path('..', file).as_posix()})):",
-            "",
-            "| K | order | full pass every | FID* (spread) | accuracy | ms, batch 1 | gain |",
-            "|---|---|---|---|---|---|---|",
-        ]
-        for row in rows:
-            exact = row | {"refresh_every": 1}
-            seconds, base = row.get("seconds_batch_1"), next(r.get("seconds_batch_1") for r in rows if same(r, exact))
-            time_cells = f"{1000 * seconds:.1f} | {base / seconds:.2f} x" if seconds and base else " | "
-            lines.append(
-                f"| {row['ar_steps']} | {row['order']} | {row['refresh_every']} | {row['fid']:.2f} "
-                f"({row['fid_spread']:.2f}) | {100 * row['accuracy']:.1f} % | {time_cells} |"
-            )
-        lines.append("")
-    return "\n".join(lines)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--table", type=Path, nargs="+", help="print the tables of these results, measure nothing")
-    parser.add_argument("model", type=Path, nargs="?")
-    parser.add_argument("reference", nargs="?", help="as of `marval evaluate --reference`")
-    parser.add_argument("out", type=Path, nargs="?")
+    parser.add_argument("model", type=Path)
+    parser.add_argument("reference", help="as of `marval evaluate --reference`")
+    parser.add_argument("out", type=Path)
     parser.add_argument("--ar-steps", default="4,8,16")
     parser.add_argument("--refresh-every", default="1,2,4")
     parser.add_argument("--features", help="as of `marval evaluate`; the classifier beside the model if left out")
@@ -112,14 +87,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--clock", action="store_true", help="only time the rows of OUT at batch 1")
     args = parser.parse_args()
-    if args.table:
-        print(table(args.table))
-    elif args.out is None:
-        parser.error("name a model, a reference and a file for the results")
-    elif args.clock:
-        clock(args)
-    else:
-        measure(args)
+    clock(args) if args.clock else measure(args)
 
 
 if __name__ == "__main__":

@@ -133,6 +133,48 @@ def side_by_side(results: Path) -> str:
     return "\n\n".join(texts) or "Not measured yet."
 
 
+def small_models(results: Path) -> str:
+    """Tables of `marval bench` on trained small models."""
+    texts = []
+    for file in sorted(results.glob("bench_*.json")):
+        result = json.loads(file.read_text())
+        s, m = result["settings"], result["machine"]
+        rows = []
+        for teacher, student in zip(result["rows"][::2], result["rows"][1::2], strict=True):
+            ratio = teacher["seconds_per_image"] / student["seconds_per_image"]
+            cells = [1000 * teacher["seconds_per_image"], 1000 * student["seconds_per_image"], ratio]
+            rows.append([teacher["batch"], teacher["ar_steps"], *cells, student["over_floor"]])
+        heads = ["batch", "K", "teacher ms", "student ms", "teacher / student", "student x floor"]
+        texts.append(
+            f"`{result['command']}`: guidance {s['guidance']}, {s['head_steps']} steps, {s['dtype']}; "
+            f"{m.get('gpu', m['cpu'])}, {m['threads']} threads, {result['date']} ({link(file.name)}):\n\n"
+            + markdown(heads, rows)
+        )
+    return "\n\n".join(texts) or "Not measured yet."
+
+
+def quality(results: Path) -> str:
+    """Tables of what fewer AR steps, other orders and a cached backbone cost and save on trained models."""
+    texts = []
+    for name, result in read(results, "fast_settings"):
+        exact = {(r["ar_steps"], r["order"]): r for r in result["rows"] if r["refresh_every"] == 1}
+        rows = []
+        for row in result["rows"]:
+            seconds, base = (r.get("seconds_batch_1") for r in (row, exact[row["ar_steps"], row["order"]]))
+            times = [1000 * seconds, base / seconds] if seconds and base else [None, None]
+            fid = f"{row['fid']:.2f} ({row['fid_spread']:.2f})"
+            accuracy = f"{100 * row['accuracy']:.1f} %"
+            rows.append([row["ar_steps"], row["order"], row["refresh_every"], fid, accuracy, *times])
+        heads = ["K", "order", "full pass every", "FID* (range)", "accuracy", "ms, batch 1", "exact / this"]
+        texts.append(
+            f"`python benchmarks/fast_settings.py {result['model']} {result['reference']} benchmarks/results/{name}`, "
+            f"then with `--clock`: guidance {result['guidance']:g}, {result['seeds']} seeds of "
+            f"{result['num_images']:,} images, {result['date']} ({link(name)}). "
+            "\\* Over the features of a small classifier:\n\n" + markdown(heads, rows)
+        )
+    return "\n\n".join(texts) or "Not measured yet."
+
+
 def training(results: Path) -> str:
     """Table of the updates at full size, and the ratio of head-only to full distillation."""
     result = json.loads((results / "imagenet_scale.json").read_text())
@@ -209,6 +251,8 @@ def tables(rate: float, results: Path = RESULTS) -> str:
             lambda: floors(rate, over_floors(results)),
         ),
         ("### Against the reference", lambda: side_by_side(results)),
+        ("### Small models", lambda: small_models(results)),
+        ("### What faster sampling costs", lambda: quality(results)),
         ("### Training", lambda: training(results)),
         ("### On a GPU", lambda: gpu(results)),
     ]  # fmt: skip

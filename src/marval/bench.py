@@ -25,6 +25,7 @@ from marval.models.cached import CachedBackbone
 from marval.pipeline import Pipeline
 from marval.rng import ImageNoise
 from marval.run import versions
+from marval.shipped import model_folder
 from marval.tokenizers import to_uint8
 
 PARTS = ("encoder", "decoder", "head", "tokenizer", "rest")
@@ -34,12 +35,15 @@ def teacher_and_student(
     folder: Path, device: torch.device | str = "cpu", dtype: Literal["float32", "bf16"] = "float32"
 ) -> tuple[Pipeline, Pipeline]:
     """Both models of a folder: a student's folder holds its teacher's head; a teacher is timed as its own student."""
+    folder = model_folder(folder)
     model = Pipeline.load(folder, device, dtype=dtype)
     if model.student is None:
         config = StudentConfig(guidance=model.sampling.guidance)
         constant = dataclasses.replace(model.sampling, guidance_schedule="constant")
         student = Pipeline(model.network, model.tokenizer, model.class_names, constant, config)
         return model, student
+    if not (folder / "scores.safetensors").exists() and (folder.parent / "teacher").is_dir():  # as marval's own are
+        return Pipeline.load(folder.parent / "teacher", device, dtype=dtype), model
     network = load_scores(folder, model.network, model.student.guidance_range is not None)[0]
     if dtype == "bf16":
         network.to_bf16()
