@@ -4,6 +4,7 @@ An order is a permutation of the L token positions (row-major over the grid) in 
 ``orders[b, 0]`` is drawn first. (The reference MAR stores the reverse: its masked tokens are the first entries.)
 """
 
+import functools
 import itertools
 import math
 
@@ -29,6 +30,7 @@ def centre_out_order(grid: int) -> Tensor:
     return torch.argsort((axis[:, None] ** 2 + axis[None, :] ** 2).flatten(), stable=True)
 
 
+@functools.cache
 def halton_order(grid: int) -> Tensor:
     """(grid * grid,) spread evenly: each token far from those before it, so that tokens drawn together depend little on
     each other (the Halton sequence in bases 2 and 3, as Besnier et al. 2025, arXiv 2503.17076, order MaskGIT's tokens).

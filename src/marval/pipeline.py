@@ -82,19 +82,22 @@ class Pipeline:
         """Move the network and the tokenizer's autoencoder."""
         self.network.to(device)
         self.tokenizer.to(device)
+        if isinstance(self.call, Graphs):  # they hold the weights by address
+            self.call = Graphs(self.device) if self.device.type == "cuda" else plainly
         return self
 
     def accelerate(self, graphs: bool = False, compile: bool = False) -> "Pipeline":
-        """Sample faster, with the same images up to rounding. Afterwards the weights must not change.
+        """Sample faster, with the same images up to rounding.
 
         On the CPU, the weights of large layers are also stored as the fastest kernels read them, which doubles the
         memory (`marval.models.packed`). What the arguments ask for is prepared at the first call of each shape, in
-        seconds to minutes, so it pays for many images.
+        seconds to minutes, so it pays for many images; neither helps a cached backbone (``refresh_every``).
 
         Args:
             graphs: on CUDA, record backbone and head of each AR step as CUDA graphs: at small batches the launches take
-                longer than the work.
-            compile: compile the blocks of transformer and head (torch.compile; needs a C++ compiler).
+                longer than the work. Weights may change in place, but not be replaced.
+            compile: compile the blocks of transformer and head (torch.compile; needs a C++ compiler). On the CPU this
+                takes the place of the packed weights.
 
         Raises:
             ValueError: graphs without CUDA.
@@ -102,8 +105,8 @@ class Pipeline:
         if graphs and self.device.type != "cuda":
             raise ValueError(f"CUDA graphs need a CUDA device, but the model is on {self.device}")
         if graphs:
-            self.call = Graphs()
-        if self.device.type == "cpu":
+            self.call = Graphs(self.device)
+        if self.device.type == "cpu" and not compile:
             pack_linears(self.network)
         if compile:
             self.network.compile_blocks()
@@ -129,6 +132,7 @@ class Pipeline:
         """
         path = model_folder(path)
         check(weights in ("ema", "raw"), f"unknown weights {weights!r}: choose ema or raw")
+        check(dtype in ("float32", "bf16"), f"unknown dtype {dtype!r}: choose float32 or bf16")
         sizes, student, config = read_config(path)
         try:
             with torch.device("meta"):  # the weights follow: none are drawn
@@ -151,7 +155,6 @@ class Pipeline:
         else:
             tensors, file, provenance = read_raw_weights(path), path / "checkpoint.pt", provenance | {"weights": "raw"}
         load_strictly(network.to_empty(device="cpu"), tensors, str(file))
-        check(dtype in ("float32", "bf16"), f"unknown dtype {dtype!r}: choose float32 or bf16")
         if dtype == "bf16":
             network.to_bf16()
         return cls(network, tokenizer, names, sampling_defaults, student, provenance).to(device)

@@ -74,12 +74,14 @@ def one_evaluation(
     embedded_time = [head.embed_time(t)] if torch.is_inference_mode_enabled() else []
 
     def draw(condition: Tensor, null: Tensor | None, z: Tensor, w: float | Tensor) -> Tensor:
-        def evaluate(c: Tensor, z: Tensor, w: Tensor, embedded_time: Tensor | None = None) -> Tensor:
+        def evaluate(
+            c: Tensor, z: Tensor, w: Tensor, t: Tensor, embedded_time: Tensor | None = None
+        ) -> Tensor:  # fmt: skip
             embedded = head.embed(t, c, w, embedded_time)
             x = gsim.one_step(lambda x: head.denoise(x, embedded).chunk(2, -1)[0], temperature * z, schedule, t_init)
             return x if clamp is None else x.clamp(*clamp)
 
-        return call(("student", temperature), evaluate, condition, z, as_tensor(w, z), *embedded_time)
+        return call(("student", temperature), evaluate, condition, z, as_tensor(w, z), t, *embedded_time)
 
     return draw
 

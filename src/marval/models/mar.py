@@ -130,8 +130,11 @@ class MAR(nn.Module):
 
     def to_bf16(self) -> None:
         """Weights in bfloat16, for sampling; the head's output layer stays float32. Half the bytes, and no casts."""
+        exact = self.head.final_layer.linear
+        kept = [parameter.data for parameter in exact.parameters()]
         self.to(torch.bfloat16)
-        self.head.final_layer.linear.float()
+        for parameter, data in zip(exact.parameters(), kept, strict=True):
+            parameter.data = data
 
     def compile_blocks(self) -> None:
         """Compile the blocks of encoder, decoder and head in place; names and weights stay."""

@@ -5,9 +5,10 @@ in the diffusion head: it draws a handful of tokens at a time. PyTorch's compile
 operators when it freezes a model.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 SMALLEST = 1 << 17
 """Entries of a weight from which packing pays; below, a call of oneDNN costs more than it saves."""
@@ -15,28 +16,34 @@ ROWS = 16
 """Rows that the packing expects; any number works."""
 
 
-class PackedLinear(nn.Module):
-    """A `nn.Linear` for sampling, with the same parameters under the same names; they must not change afterwards."""
+class PackedLinear(nn.Linear):
+    """A `nn.Linear` that, without gradients and in float32 on the CPU, multiplies with a packed copy of its weight.
 
-    def __init__(self, linear: nn.Linear):
-        super().__init__()
-        self.weight, self.bias = linear.weight, linear.bias
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), ROWS)
+    The copy is made at the first call, and again after the weight was changed or replaced.
+    """
 
-    def forward(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled() or x.device.type != "cpu" or x.dtype != torch.float32:
-            return F.linear(x, self.weight, self.bias)
-        return torch.ops.mkldnn._linear_pointwise(x.contiguous(), self._packed, self.bias, "none", [], "")
+    _packed: tuple[tuple[int, int], Tensor] | None = None
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight = self.weight
+        if torch.is_grad_enabled() or weight.device.type != "cpu" or not input.dtype == weight.dtype == torch.float32:
+            return super().forward(input)
+        mark = (weight.data_ptr(), 0 if weight.is_inference() else weight._version)
+        if self._packed is None or self._packed[0] != mark:
+            self._packed = mark, torch.ops.mkldnn._reorder_linear_weight(weight.detach(), ROWS)
+        return torch.ops.mkldnn._linear_pointwise(input.contiguous(), self._packed[1], self.bias, "none", [], "")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_packed": None}  # it can be neither copied nor saved
 
 
 def pack_linears(module: nn.Module, smallest: int = SMALLEST) -> None:
-    """Pack every float32 linear layer below the module whose weight has at least so many entries, in place.
+    """Turn every linear layer below the module whose weight has at least so many entries into a `PackedLinear`.
 
     It doubles their memory. Where PyTorch comes without oneDNN, nothing happens.
     """
     if not torch.backends.mkldnn.is_available():
         return
-    for parent in list(module.modules()):
-        for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear and child.weight.dtype == torch.float32 and child.weight.numel() >= smallest:
-                setattr(parent, name, PackedLinear(child))
+    for layer in module.modules():
+        if type(layer) is nn.Linear and layer.weight.numel() >= smallest:
+            layer.__class__ = PackedLinear
