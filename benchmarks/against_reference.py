@@ -108,9 +108,9 @@ def stand_ins() -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def environment() -> Iterator[None]:
-    """In which the reference's code runs without a GPU."""
-    if torch.cuda.is_available():
+def environment(device: torch.device) -> Iterator[None]:
+    """In which the reference's code, full of `.cuda()`, runs on this device."""
+    if device.type == "cuda":
         yield
     else:
         with patch.object(Tensor, "cuda", lambda self, *_, **__: self):
@@ -135,7 +135,11 @@ def load_code(checkout: Path) -> ModuleType:
 
 
 def reference_from(code: ModuleType, network: MAR, head_steps: int) -> Any:
-    """The reference's MAR with our weights: the very same tensors."""
+    """The reference's MAR with our weights: the very same tensors.
+
+    Its parameters require gradients, as in its own evaluation: autocast then casts each weight once per generation,
+    not at every use.
+    """
     c = network.config
     with torch.device("meta"):
         reference = code.MAR(
@@ -146,7 +150,7 @@ def reference_from(code: ModuleType, network: MAR, head_steps: int) -> Any:
             num_sampling_steps=str(head_steps),
         )  # fmt: skip
     reference.load_state_dict(their_names(network.state_dict()), strict=True, assign=True)
-    return reference.eval().requires_grad_(False)
+    return reference.eval()
 
 
 def their_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -280,7 +284,7 @@ class Theirs:
         names = {"encoder": (reference, "forward_mae_encoder"), "decoder": (reference, "forward_mae_decoder")}
         names["head"] = (reference.diffloss, "sample")
         with contextlib.ExitStack() as stack:
-            stack.enter_context(environment())
+            stack.enter_context(environment(device))
             stack.enter_context(torch.no_grad())
             stack.enter_context(torch.autocast(device.type, torch.bfloat16, enabled=self.dtype == "bf16"))
             for part, (target, name) in names.items() if clocked else ():
@@ -326,14 +330,15 @@ class Ours:
 def pipelines(
     network: MAR, guidance: float, dtype: str = "float32", graphs: bool = False, compile: bool = False
 ) -> dict[str, Pipeline]:
-    """A teacher and a one-step student of the network's weights, copied where they are changed; they draw tokens."""
+    """A teacher and a one-step student of the network's weights, copied if the dtype is another; they draw tokens.
+
+    The network itself stays as it is: neither packed nor compiled.
+    """
     c = network.config
-    if dtype == "bf16" or compile:
-        network = copy.deepcopy(network)
+    shared = [] if dtype == "bf16" else [*network.parameters(), *network.buffers()]
+    network = copy.deepcopy(network, {id(tensor): tensor for tensor in shared})
     if dtype == "bf16":
         network.to_bf16()
-    if compile:
-        network.compile_blocks()
     tokenizer = LatentTokenizer(
         image_size=c.grid * STRIDE, channels=c.token_dim, patch_size=1, stride=STRIDE, scale=1.0
     )
@@ -341,8 +346,8 @@ def pipelines(
     sampling = SamplingConfig(ar_steps=1, guidance=guidance, guidance_schedule="linear")
     constant, student = dataclasses.replace(sampling, guidance_schedule="constant"), StudentConfig(guidance=guidance)
     return {
-        "teacher": Pipeline(network, tokenizer, names, sampling).accelerate(graphs),
-        "student": Pipeline(network, tokenizer, names, constant, student).accelerate(graphs),
+        "teacher": Pipeline(network, tokenizer, names, sampling).accelerate(graphs, compile),
+        "student": Pipeline(network, tokenizer, names, constant, student).accelerate(graphs, compile),
     }
 
 
@@ -425,7 +430,7 @@ def measure(
 
 def summary(
     found: dict[str, list[Measured]], models: list[Theirs | Ours], config: SamplingConfig, sizes: MARConfig, batch: int,
-    rates: dict[str, list[float]], itemsize: int,
+    rates: dict[str, list[float]], itemsize: int, on_cpu: bool,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """A row per model."""
     rate, moved = statistics.median(rates["matmul"]), statistics.median(rates["bandwidth"])
@@ -439,7 +444,6 @@ def summary(
             sizes, config.ar_steps, batch, head_steps=config.head_steps if teacher else 1,
             guided=teacher and config.guidance != 1, itemsize=itemsize,
         )  # fmt: skip
-        on_cpu = len(medians) == config.ar_steps
         floor = floor_seconds(loads, rate, float("inf") if on_cpu else moved)["total"]
         pairs = [[a / b for a, b in zip(*steps, strict=True)] for steps in zip(reference, measured, strict=True)]
         whole = [sum(a) / sum(b) for a, b in zip(reference, measured, strict=True)]
@@ -481,6 +485,7 @@ def table(result: dict[str, Any]) -> str:
     lines += [
         f"{s['preset']}, K = {s['ar_steps']}, guidance {s['guidance']} linear, {s['head_steps']} steps, {s['dtype']}; "
         f"{m.get('gpu', m['cpu'])}, {m['threads']} threads",
+        f"the reference: {s['reference_precision']}",
         f"floor: operations at {statistics.median(result['rates']['matmul']) / 1e12:.3g} TFLOP/s of matrix products, "
         "measured between the generations",
     ]
@@ -505,7 +510,10 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
     theirs, ours = models[0], [one for one in models if isinstance(one, Ours)]
     assert isinstance(theirs, Theirs)
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-    settings |= {"ar_steps": config.ar_steps, "reference": digest(args.reference)}
+    precision = "bf16 by autocast, its cache of weights on" if args.dtype == "bf16" else "float32, no autocast"
+    settings |= {
+        "ar_steps": config.ar_steps, "reference": digest(args.reference), "reference_precision": precision,
+    }  # fmt: skip
     rates: dict[str, list[float]] = {"matmul": [], "bandwidth": []}
     result: dict[str, Any] = {
         "benchmark": "against_reference", "date": time.strftime("%Y-%m-%d"),
@@ -527,7 +535,7 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
         reset_peak(device)
         found = measure(models, config, labels, args.generations, rates)
         itemsize = 2 if args.dtype == "bf16" else 4
-        result["rows"] += summary(found, models, config, model, batch, rates, itemsize)
+        result["rows"] += summary(found, models, config, model, batch, rates, itemsize, device.type == "cpu")
         result["peak_memory"] = peak_memory(device)
         if args.json is not None:
             write_json(args.json, result)

@@ -9,8 +9,10 @@ from types import ModuleType
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from marval.config import SamplingConfig
+from marval.config import MARConfig, SamplingConfig
+from marval.models.packed import PackedLinear
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = SamplingConfig(ar_steps=4, head_steps=5, guidance=2.9, guidance_schedule="linear")
@@ -108,6 +110,65 @@ def test_a_difference_is_found(benchmark, models):
         models[0].reference.mask_token = replaced
 
 
+def test_autocast_keeps_the_weights_of_the_reference(benchmark, models):
+    """It casts each weight once per generation: its cache holds only what requires gradients."""
+    assert all(parameter.requires_grad for parameter in models[0].reference.parameters())
+    assert not any(parameter.requires_grad for parameter in models[1].model.network.parameters())
+    casts = 0
+
+    class Counted(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal casts
+            casts += func is torch.ops.aten._to_copy.default and args[0].shape == weight.shape
+            return func(*args, **(kwargs or {}))
+
+    weight = models[0].reference.diffloss.net.res_blocks[0].adaLN_modulation[1].weight
+    bf16 = benchmark.Theirs(models[0].reference, "bf16")
+    with Counted():
+        bf16.draw(CONFIG, torch.tensor([1]), clocked=False)
+    assert casts == len(models[0].reference.diffloss.net.res_blocks)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # of PyTorch's own compiler
+def test_fast_ones_leave_the_network_alone(benchmark):
+    """Neither packed nor compiled, nor cast; the same tensors where they can be."""
+    sizes = MARConfig(grid=2, num_classes=2, width=384, depth=1, heads=4, buffer_size=1, head_width=64, head_depth=1)
+    network = benchmark.random_network(sizes, torch.device("cpu"))
+    kinds = [type(module) for module in network.modules()]
+    for settings in ({}, {"compile": True}, {"dtype": "bf16"}):
+        made = benchmark.pipelines(network, 2.9, **settings)
+        assert made["teacher"].network is made["student"].network
+        assert made["teacher"].network is not network
+        packed = any(isinstance(module, PackedLinear) for module in made["teacher"].network.modules())
+        assert packed == ("compile" not in settings)
+        same = made["teacher"].network.mask_token.data_ptr() == network.mask_token.data_ptr()
+        assert same == ("dtype" not in settings)
+    assert [type(module) for module in network.modules()] == kinds
+    assert not any(module._compiled_call_impl for module in network.modules())
+    assert {parameter.dtype for parameter in network.parameters()} == {torch.float32}
+
+
+def test_the_reference_on_the_cpu_of_a_machine_with_a_gpu(benchmark, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    here = torch.zeros(1)
+    with benchmark.environment(torch.device("cpu")):
+        assert here.cuda() is here
+
+
+def test_one_ar_step_without_clocks_has_a_bandwidth_in_its_floor(benchmark, models):
+    """On CUDA the floor counts bytes too, whatever K is."""
+    config = benchmark.dataclasses.replace(CONFIG, ar_steps=1)
+    measured = {model.name: [benchmark.Measured(torch.empty(0), [1.0], {})] for model in models[:2]}
+    rates = {"matmul": [1e18], "bandwidth": [1e9]}
+    floors = [
+        benchmark.summary(measured, models[:2], config, benchmark.SIZES["tiny"], 1, rates, 2, on_cpu)[0][
+            "floor_seconds_per_image"
+        ]
+        for on_cpu in (True, False)
+    ]
+    assert floors[1] > 1000 * floors[0] > 0
+
+
 def test_the_whole_benchmark(benchmark, checkout, tmp_path, capsys):
     file = tmp_path / "found.json"
     words = ["--reference", str(checkout), "--preset", "tiny", "--ar-steps", "3", "--head-steps", "4", "--batch", "2"]
@@ -132,4 +193,6 @@ def test_the_whole_benchmark(benchmark, checkout, tmp_path, capsys):
     assert str(checkout) not in file.read_text()  # no path of this machine
     out = capsys.readouterr().out
     assert "same tokens as the reference: teacher" in out
+    assert found["settings"]["reference_precision"] == "float32, no autocast"
+    assert "the reference: float32, no autocast" in out
     assert all(len(line) <= 120 for line in out.splitlines())

@@ -14,6 +14,7 @@ import torch
 from marval import masking
 from marval.__main__ import main
 from marval.bench import (
+    NO_STUDENT,
     PARTS,
     bench,
     clocks,
@@ -22,6 +23,7 @@ from marval.bench import (
     peak_memory,
     reset_peak,
     split_batch,
+    table,
     teacher_and_student,
     time_batch,
 )
@@ -60,6 +62,7 @@ def test_rows_and_ratio(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     out = capsys.readouterr().out
     assert all(part in out for part in PARTS)
     assert out.count("teacher ") == 4
+    assert results["student"] == "distilled"
     assert f"batch 8, K 4: the student is {results['speedup']['batch 8, K 4']:.1f} x as fast" in out
     assert "within 1e+06 ms per image at batch 1: K = 16" in out
     assert all(len(line) <= 120 for line in out.splitlines())
@@ -104,6 +107,9 @@ def test_models_of_a_folder():
 
     results = bench(tiny.teacher(), [2], repeats=1, ar_steps=[2], head_steps=2, precision="bf16", refresh_every=2)
     assert [row["model"] for row in results["rows"]] == ["teacher", "student"]
+    assert results["student"] == NO_STUDENT
+    assert "no student in this folder: the rows named so are the teacher's head, evaluated once" in table(results)
+    assert "the student is" not in table(results)
     assert (results["settings"]["refresh_every"], results["settings"]["head_steps"]) == (2, 2)
     assert results["settings"]["dtype"] == "bf16"
     assert [row["spread"] for row in results["rows"]] == [0, 0]

@@ -29,6 +29,8 @@ from marval.shipped import model_folder
 from marval.tokenizers import to_uint8
 
 PARTS = ("encoder", "decoder", "head", "tokenizer", "rest")
+NO_STUDENT = "none: the teacher's head, evaluated once"
+"""In place of a student, where the folder is a teacher's: it shows the time that one would take."""
 
 
 def teacher_and_student(
@@ -195,8 +197,9 @@ def bench(
         settings: of `Pipeline.settings`.
 
     Returns:
-        ``rows``: one per batch size, K and model; times of an image, its parts from batches of their own with clocks,
-        which are slower. ``speedup``: teacher over student by batch size and K. Settings, machine and versions.
+        ``student``: distilled, or `NO_STUDENT`. ``rows``: one per batch size, K and model; times of an image, its parts
+        from batches of their own with clocks, which are slower. ``speedup``: teacher over student by batch size and K.
+        Settings, machine and versions.
     """
     if repeats < 1 or min(batches, default=0) < 1:
         raise ValueError(f"repeats and batch sizes must be at least 1, got {repeats} and {batches}")
@@ -234,14 +237,11 @@ def bench(
     options = {"repeats": repeats, "dtype": dtype, "graphs": graphs, "compile": compile}
     protocol = {**options, **to_dict(models["teacher"].settings(**settings)), "ar_steps": given}
     about = {"machine": machine(place), "versions": versions(place), "date": time.strftime("%Y-%m-%d")}
+    alone = models["student"].network is models["teacher"].network
     found = {
-        "rows": rows,
-        "speedup": speedup,
-        "rates": rates,
-        "settings": protocol,
-        **about,
-        "command": " ".join(["marval", *sys.argv[1:]]),
-    }
+        "student": NO_STUDENT if alone else "distilled", "rows": rows, "speedup": speedup, "rates": rates,
+        "settings": protocol, **about, "command": " ".join(["marval", *sys.argv[1:]]),
+    }  # fmt: skip
     if budget is not None:
         found["budget"] = largest_within(models["student"], budget / 1000, batches[0], repeats, settings)
     return found
@@ -276,7 +276,11 @@ def table(results: dict[str, Any]) -> str:
             f"{row['batch']:>5}{row['ar_steps']:>5}  {row['model']:<8}{1000 * row['seconds_per_image']:>10.2f}"
             f"{100 * row['spread']:>6.0f} %{row['over_floor']:>9.2f}{row['peak_memory'] / 2**20:>8.0f} |{split}"
         )
-    lines += [f"{case}: the student is {ratio:.1f} x as fast" for case, ratio in results["speedup"].items()]
+    alone = results["student"] == NO_STUDENT
+    if alone:
+        lines.append(f"no student in this folder: the rows named so are {NO_STUDENT.removeprefix('none: ')}")
+    who = "one untrained evaluation" if alone else "the student"
+    lines += [f"{case}: {who} is {ratio:.1f} x as fast" for case, ratio in results["speedup"].items()]
     if "budget" in results:
         b = results["budget"]
         took = "no K fits" if b["ar_steps"] is None else f"K = {b['ar_steps']} ({1000 * b['seconds_per_image']:.1f} ms)"
