@@ -61,6 +61,8 @@ TOLERANCE = 2e-5
 """Largest error of a token relative to its largest entry, in float32; MAR-B has 5e-6. The chain's first step, at
 t = 999, multiplies everything by 2e4 (random weights make tokens of about 1e4): even a temperature of 0.9 changes only
 3e-5 of a token. bf16 is reported, not judged."""
+CUDA_TOLERANCE = 1e-4
+"""There PyTorch's kernels of one operation differ more from each other."""
 
 
 # ---- the reference, in an environment that it can run in
@@ -370,6 +372,11 @@ def contenders(
     return found
 
 
+def tolerance(device: torch.device) -> float:
+    """Of float32 tokens on this device."""
+    return CUDA_TOLERANCE if device.type == "cuda" else TOLERANCE
+
+
 def largest_error(actual: Tensor, expected: Tensor) -> float:
     """Of a token (..., D), relative to its largest entry."""
     return float(((actual - expected).abs().amax(-1) / expected.abs().amax(-1)).max())
@@ -396,9 +403,10 @@ def compare(theirs: Theirs, ours: list[Ours], config: SamplingConfig, labels: Te
             drawn = one.draw(config, labels, clocked=False).tokens
             first = drawn if first is None else first
             errors[one.name] = largest_error(drawn, first)
+    most = tolerance(labels.device) if theirs.dtype == "float32" else float("inf")
     for name, error in errors.items():
-        if not error <= (TOLERANCE if theirs.dtype == "float32" else float("inf")):
-            raise ValueError(f"{name}: a token differs by {error:.3g} of its largest entry, more than {TOLERANCE:g}")
+        if not error <= most:
+            raise ValueError(f"{name}: a token differs by {error:.3g} of its largest entry, more than {most:g}")
     return errors
 
 
@@ -536,7 +544,7 @@ def benchmark(args: argparse.Namespace) -> dict[str, Any]:
         found = measure(models, config, labels, args.generations, rates)
         itemsize = 2 if args.dtype == "bf16" else 4
         result["rows"] += summary(found, models, config, model, batch, rates, itemsize, device.type == "cpu")
-        result["peak_memory"] = peak_memory(device)
+        result["peak_memory"] = peak_memory(device, args.fast)
         if args.json is not None:
             write_json(args.json, result)
     return result

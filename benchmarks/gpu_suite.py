@@ -8,8 +8,8 @@ not images: neither the autoencoder nor a reward's network is timed. `--preset t
 every stage runs, without what only CUDA has (graphs, compiled blocks).
 
 Sampling: ratios to the floor (marval.floor) at the rates measured in the first stage, and to the reference teacher at
-equal K, guidance 2.9 linear, 100 steps. Training: updates of the loops' own losses on synthetic latents, in bf16 by
-autocast on CUDA; operations as PyTorch counts them.
+equal K, guidance 2.9 linear, 100 steps, in bf16 by autocast with its cache of weights. Training: updates of the loops'
+own losses on synthetic latents, in bf16 by autocast on CUDA; operations as PyTorch counts them.
 """
 
 import argparse
@@ -47,6 +47,8 @@ from marval.sampling import last, one_evaluation, unmask
 from marval.train import adamw, draw_masks, teacher_loss
 
 GUIDANCE = 2.9
+COMPILING = 150
+"""Seconds of a stage whose blocks are compiled from nothing."""
 SHARED = [Path(__file__).resolve().parents[i] / "shared" for i in (1, 2)]
 
 
@@ -61,6 +63,8 @@ class Scale:
     few: int
     """AR steps of teachers at the large batch."""
     head_steps: int
+    cut: tuple[int, int]
+    """Denoising steps of the reference from which a whole chain is extrapolated."""
     repeats: int
     batches: dict[str, int]
     """Images per update."""
@@ -70,11 +74,11 @@ class Scale:
 
 
 FULL = Scale(
-    sizes=PRESETS, ar_steps=(64, 256), large=256, few=16, head_steps=100, repeats=11,
+    sizes=PRESETS, ar_steps=(64, 256), large=256, few=16, head_steps=100, cut=(5, 25), repeats=11,
     batches={"train": 128, "distill head": 96, "distill all": 96, "rl": 16}, rl_ar_steps=64, rate_seconds=1.0,
 )  # fmt: skip
 TINY = Scale(
-    sizes={"tiny": side.SIZES["tiny"]}, ar_steps=(2, 4), large=3, few=3, head_steps=3, repeats=2,
+    sizes={"tiny": side.SIZES["tiny"]}, ar_steps=(2, 4), large=3, few=3, head_steps=4, cut=(2, 3), repeats=2,
     batches={"train": 2, "distill head": 2, "distill all": 2, "rl": 2}, rl_ar_steps=2, rate_seconds=0.05,
 )  # fmt: skip
 
@@ -160,6 +164,23 @@ def line(found: dict[str, Any]) -> str:
     ]
 
 
+@contextlib.contextmanager
+def compiler(words: list[str]) -> Iterator[None]:
+    """Where blocks are compiled: a compiler that knows nothing yet, and fails where it would give up on a block."""
+    if "compile" not in words:
+        yield
+        return
+    from torch import _dynamo
+
+    _dynamo.reset()
+    strict = "fail_on_recompile_limit_hit"
+    try:
+        with _dynamo.config.patch(strict, True) if hasattr(_dynamo.config, strict) else contextlib.nullcontext():
+            yield
+    finally:
+        _dynamo.reset()
+
+
 # ---- the device
 
 
@@ -197,41 +218,49 @@ def noise(suite: Suite) -> dict[str, Any]:
 def sampling(
     suite: Suite, size: str, role: str, mode: str, batch: int, ar_steps: int, repeats: int | None = None
 ) -> dict[str, Any]:
-    """Median time of an image after a warm-up, in which graphs are recorded and blocks compiled."""
+    """Median time of an image after a warm-up, in which graphs are recorded and blocks compiled.
+
+    The split by part needs clocks inside, which a graph has not: None with graphs.
+    """
     words, model = mode.split("+"), suite.scale.sizes[size]
-    dtype = "bf16" if "bf16" in words else "float32"
-    pipeline = side.pipelines(suite.network(size), GUIDANCE, dtype, "graphs" in words, "compile" in words)[role]
-    config = settings(suite, pipeline, ar_steps)
-    start = time.perf_counter()
-    time_batch(pipeline, config, batch, 0)
-    found: dict[str, Any] = {"warm_up_seconds": time.perf_counter() - start}
-    time_batch(pipeline, config, batch, 0)
-    reset_peak(suite.device)
+    dtype, graphs = "bf16" if "bf16" in words else "float32", "graphs" in words
+    found: dict[str, Any] = {}
     times: list[float] = []
-    for seed in range(repeats or suite.scale.repeats):
-        times.append(time_batch(pipeline, config, batch, seed) / batch)
-        if time.perf_counter() + 4 * batch * times[-1] > suite.stage_end:  # what follows takes time too
-            break
-    median, spread = median_and_spread(times)
-    memory = peak_memory(suite.device)
+    with compiler(words):
+        pipeline = side.pipelines(suite.network(size), GUIDANCE, dtype, graphs, "compile" in words)[role]
+        config = settings(suite, pipeline, ar_steps)
+        start = time.perf_counter()
+        time_batch(pipeline, config, batch, 0)
+        found["warm_up_seconds"] = time.perf_counter() - start
+        time_batch(pipeline, config, batch, 0)
+        reset_peak(suite.device)
+        for seed in range(repeats or suite.scale.repeats):
+            times.append(time_batch(pipeline, config, batch, seed) / batch)
+            if time.perf_counter() + (1 if graphs else 4) * batch * times[-1] > suite.stage_end:  # the split follows
+                break
+        found["peak_memory"] = peak_memory(suite.device, graphs)
+        median, spread = median_and_spread(times)
+        clocked = 0 if graphs else 3 if batch * median < 1 else 1
+        split = [split_batch(pipeline, config, batch, seed) for seed in range(clocked)]
     teacher = role == "teacher"
     loads = sampling_loads(
         model, ar_steps, batch, head_steps=config.head_steps if teacher else 1, guided=teacher,
         itemsize=2 if dtype == "bf16" else 4,
     )  # fmt: skip
     floor = floor_seconds(loads, suite.rates[dtype], suite.rates["bandwidth"])["total"] / batch
-    split = [split_batch(pipeline, config, batch, seed) for seed in range(3 if batch * median < 1 else 1)]
-    parts = {part: statistics.median(s[part] for s in split) / batch for part in PARTS}
     operations = {part: load.operations / batch for part, load in by_part(loads).items()}
-    transformer = operations["encoder"] + operations["decoder"]
+    parts, share = None, None
+    if split:
+        parts = {part: statistics.median(s[part] for s in split) / batch for part in PARTS}
+        transformer = operations["encoder"] + operations["decoder"]
+        share = transformer / (parts["encoder"] + parts["decoder"]) / suite.rates[dtype]
     return {
         "size": size, "model": role, "mode": mode, "batch": batch, "ar_steps": ar_steps,
         "head_steps": config.head_steps if teacher else 1, "seconds_per_image": median, "spread": spread,
         "measurements": len(times), "images_per_second": 1 / median, "floor_seconds_per_image": floor,
         "over_floor": median / floor, "operations_per_image": operations, "parts_with_clocks": parts,
-        "matmul_share": sum(operations.values()) / median / suite.rates[dtype],
-        "transformer_matmul_share": transformer / (parts["encoder"] + parts["decoder"]) / suite.rates[dtype],
-        "peak_memory": memory, **found,
+        "matmul_share": sum(operations.values()) / median / suite.rates[dtype], "transformer_matmul_share": share,
+        **found,
     }  # fmt: skip
 
 
@@ -239,31 +268,62 @@ def settings(suite: Suite, pipeline: Pipeline, ar_steps: int) -> SamplingConfig:
     return pipeline.settings(ar_steps=ar_steps, head_steps=suite.scale.head_steps)
 
 
-def reference(suite: Suite, code: Any, batch: int, ar_steps: int, head_steps: int, repeats: int) -> dict[str, Any]:
-    """The reference teacher under autocast to bf16, as its own code samples; scaled to all denoising steps if cut.
+def parity(suite: Suite, code: Any) -> dict[str, Any]:
+    """Errors of our teachers with the reference's random numbers, in float32 (see `against_reference.compare`)."""
+    size, scale = next(iter(suite.scale.sizes)), suite.scale
+    network = suite.network(size)
+    theirs = side.Theirs(side.reference_from(code, network, scale.head_steps), "float32")
+    modes = {"": False} | ({", graphs": True} if suite.device.type == "cuda" else {})
+    ours = [
+        side.Ours(model, role + mode)
+        for mode, graphs in modes.items()
+        for role, model in side.pipelines(network, GUIDANCE, graphs=graphs).items()
+    ]
+    config = SamplingConfig(
+        ar_steps=scale.few, head_steps=scale.head_steps, guidance=GUIDANCE, guidance_schedule="linear"
+    )
+    errors = side.compare(theirs, ours, config, torch.arange(2, device=suite.device))
+    return {"errors": errors, "largest_error": max(errors.values()), "tolerance": side.tolerance(suite.device)}
 
-    The reference's chain is the same for every denoising step: with two cut chains the time of a whole one is linear.
+
+def reference(suite: Suite, code: Any, batch: int, ar_steps: int, steps: tuple[int, ...]) -> dict[str, Any]:
+    """The reference teacher under autocast to bf16, as its own code samples, with so many denoising steps, in turn.
+
+    Without a whole chain among them, the time of one is extrapolated from the first two, linearly; with both, what
+    that would have been says how good it is elsewhere.
     """
-    size = next(iter(suite.scale.sizes))
+    size, whole = next(iter(suite.scale.sizes)), suite.scale.head_steps
     labels = torch.arange(batch, device=suite.device) % suite.scale.sizes[size].num_classes
     dtype = "bf16" if suite.device.type == "cuda" else "float32"
-    whole = suite.scale.head_steps
-    cuts = [whole] if head_steps >= whole else [head_steps, 2 * head_steps]
-    medians, spreads = [], []
-    for steps in cuts:
-        theirs = side.Theirs(side.reference_from(code, suite.network(size), steps), dtype)
-        config = SamplingConfig(ar_steps=ar_steps, head_steps=steps, guidance=GUIDANCE, guidance_schedule="linear")
-        theirs.draw(dataclasses.replace(config, ar_steps=min(2, ar_steps)), labels, clocked=False)
-        times = [sum(theirs.draw(config, labels, clocked=False).steps) / batch for _ in range(repeats)]
-        median, spread = median_and_spread(times)
-        medians.append(median)
-        spreads.append(spread)
-    per_step = (medians[-1] - medians[0]) / head_steps if len(cuts) > 1 else 0.0
+    fewest = min(suite.scale.cut)
+    models = {n: side.Theirs(side.reference_from(code, suite.network(size), n), dtype) for n in {fewest, *steps}}
+
+    def seconds(n: int) -> float:
+        config = SamplingConfig(ar_steps=ar_steps, head_steps=n, guidance=GUIDANCE, guidance_schedule="linear")
+        return sum(models[n].draw(config, labels, clocked=False).steps) / batch
+
+    seconds(fewest)  # every shape once
+    times: dict[int, list[float]] = {n: [] for n in steps}
+    for _ in range(max(3, suite.scale.repeats // 3)):
+        start = time.perf_counter()
+        for n in steps:
+            times[n].append(seconds(n))
+        now = time.perf_counter()
+        if now + (now - start) > suite.stage_end:
+            break
+    found, guessed = times.get(whole, []), []
+    if len(steps) > 1:
+        low, high, *_ = steps
+        pairs = zip(times[low], times[high], strict=True)
+        guessed = [a + (b - a) * (whole - low) / (high - low) for a, b in pairs]
+    median, spread = median_and_spread(found or guessed)
+    error = statistics.median(guessed) / median - 1 if found and guessed else None
     return {
-        "size": size, "model": "reference teacher", "mode": dtype, "batch": batch, "ar_steps": ar_steps,
-        "head_steps": whole, "measured_head_steps": cuts,
-        "seconds_per_image": medians[0] + per_step * (whole - cuts[0]),
-        "measured_seconds_per_image": medians, "spread": max(spreads), "measurements": repeats,
+        "size": size, "model": "reference teacher", "mode": "bf16 by autocast" if dtype == "bf16" else dtype,
+        "batch": batch, "ar_steps": ar_steps, "head_steps": whole, "measured_head_steps": list(steps),
+        "seconds_per_image": median, "spread": spread, "measurements": len(found or guessed),
+        "extrapolated": not found, "extrapolation_error": error,
+        "measured_seconds_per_image": {str(n): statistics.median(values) for n, values in times.items()},
     }  # fmt: skip
 
 
@@ -273,20 +333,20 @@ def sameness(suite: Suite, mode: str) -> dict[str, Any]:
     Where the dtype is another, so are the tokens: then a typical error says more.
     """
     size, words, found = next(iter(suite.scale.sizes)), mode.split("+"), {}
-    network = suite.network(size)
+    network, labels = suite.network(size), torch.arange(2, device=suite.device)
     dtype = "bf16" if "bf16" in words else "float32"
-    plain = side.pipelines(network, GUIDANCE)
-    fast = side.pipelines(network, GUIDANCE, dtype, "graphs" in words, "compile" in words)
-    for role in plain:
-        config = settings(suite, plain[role], suite.scale.few)
-        labels = torch.arange(2, device=suite.device)
-        drawn = []
-        for pipeline in (plain[role], fast[role], fast[role]):  # the second time from recorded graphs
-            noise = ImageNoise(0, [0, 1], suite.device)
-            with torch.inference_mode():
-                drawn.append(pipeline.draw_batch(config, labels, noise).float())
-        errors = [(x - drawn[0]).abs().amax(-1) / drawn[0].abs().amax(-1) for x in drawn[1:]]
-        found[role] = {"largest": float(torch.stack(errors).max()), "median": float(torch.stack(errors).median())}
+    with compiler(words):
+        plain = side.pipelines(network, GUIDANCE)
+        fast = side.pipelines(network, GUIDANCE, dtype, "graphs" in words, "compile" in words)
+        for role in plain:
+            config = settings(suite, plain[role], suite.scale.few)
+            drawn = []
+            for pipeline in (plain[role], fast[role], fast[role]):  # the second time from recorded graphs
+                with torch.inference_mode():
+                    noise = ImageNoise(0, [0, 1], suite.device)
+                    drawn.append(pipeline.draw_batch(config, labels, noise).float())
+            errors = [(x - drawn[0]).abs().amax(-1) / drawn[0].abs().amax(-1) for x in drawn[1:]]
+            found[role] = {"largest": float(torch.stack(errors).max()), "median": float(torch.stack(errors).median())}
     return {"mode": mode, "errors": found, "largest_error": max(f["largest"] for f in found.values())}
 
 
@@ -297,20 +357,21 @@ def training(suite: Suite, verb: str, size: str) -> dict[str, Any]:
     """Updates of one loop: random numbers, losses, optimizer and average; no data are read."""
     model, batch, device = suite.scale.sizes[size], suite.scale.batches[verb], suite.device
     step = {"train": train_step, "rl": rl_step}.get(verb, distill_step)(suite, verb, size, batch)
-    step()
+    with Work() as work:  # the warm-up; counted first, so that running out of time later costs repeats alone
+        step()
     step()
     reset_peak(device)
-    times = []
+    times: list[float] = []
     for _ in range(min(6, suite.scale.repeats)):
         synchronise(device)
         start = time.perf_counter()
         step()
         synchronise(device)
         times.append(time.perf_counter() - start)
+        if time.perf_counter() + 1.5 * times[-1] > suite.stage_end:
+            break
     median, spread = median_and_spread(times)
     memory = peak_memory(device)
-    with Work() as work:
-        step()
     rate = suite.rates["bf16" if device.type == "cuda" else "float32"]
     return {
         "size": size, "verb": verb, "batch": batch, "seconds_per_update": median, "spread": spread,
@@ -473,20 +534,23 @@ def stages(suite: Suite, checkout: Path | None) -> list[tuple[str, Callable[[], 
     cuda = suite.device.type == "cuda"
     best = "bf16+graphs" if cuda else "bf16"
     draws(first, "student", best, 1, short, 30)
-    draws(first, "student", best, 1, long, 50)
+    if cuda:
+        draws(first, "student", "bf16+compile+graphs", 1, short, COMPILING)
+    draws(first, "student", best, 1, long, 90)  # a graph for each number of visible tokens
     draws(first, "student", "bf16", scale.large, short, 50, 3)
     if checkout is not None:
         code = side.load_code(checkout)
 
-        def theirs(batch: int, k: int, head_steps: int, repeats: int, seconds: float) -> None:
+        def theirs(batch: int, k: int, steps: tuple[int, ...], seconds: float) -> None:
             def work() -> dict[str, Any]:
-                return reference(suite, code, batch, k, head_steps, repeats)
+                return reference(suite, code, batch, k, steps)
 
             found.append((f"{first} reference teacher batch {batch} K {k}", work, seconds))
 
-        theirs(1, short, scale.head_steps, 2, 30)
-        theirs(scale.large, scale.few, scale.head_steps, 1, 60)
-        theirs(1, long, max(2, scale.head_steps // 20), 1, 40)
+        found.append(("same tokens as the reference, float32", lambda: parity(suite, code), 40))
+        theirs(1, short, (*scale.cut, scale.head_steps), 60)
+        theirs(scale.large, scale.few, (scale.head_steps,), 60)
+        theirs(1, long, scale.cut, 80)
     draws(first, "student", "bf16", scale.large, scale.few, 20, 3)
     draws(first, "teacher", best, 1, short, 40, 3)
     draws(first, "teacher", "bf16", scale.large, scale.few, 40, 1)
@@ -494,14 +558,14 @@ def stages(suite: Suite, checkout: Path | None) -> list[tuple[str, Callable[[], 
     for mode in fast[:3]:
         found.append((f"same tokens, {mode}", lambda mode=mode: sameness(suite, mode), 30))
     for verb in scale.batches:
-        found.append((f"{first} {verb}", lambda verb=verb: training(suite, verb, first), 40))
+        seconds = 70 if verb == "rl" else 40
+        found.append((f"{first} {verb}", lambda verb=verb: training(suite, verb, first), seconds))
     draws(first, "student", "bf16", 1, short, 20, 3)
     if cuda:
-        draws(first, "student", "bf16+compile", scale.large, scale.few, 60, 3)
-        draws(first, "student", "bf16+compile+graphs", 1, short, 60)
+        draws(first, "student", "bf16+compile", scale.large, scale.few, COMPILING, 3)
         draws(first, "student", "float32", 1, short, 20, 3)
     for mode in fast[3:]:
-        found.append((f"same tokens, {mode}", lambda mode=mode: sameness(suite, mode), 60))
+        found.append((f"same tokens, {mode}", lambda mode=mode: sameness(suite, mode), COMPILING))
     found.append(("noise of a teacher's AR step", lambda: noise(suite), 20))
     found.append(("golden", lambda: golden(suite), 20))
     for size in list(scale.sizes)[1:]:

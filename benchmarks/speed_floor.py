@@ -119,13 +119,15 @@ def side_by_side(results: Path) -> str:
         s, m = result["settings"], result["machine"]
         rows = []
         for row in result["rows"]:
-            spread, ratio = f"{100 * row['spread']:.1f} %", row["reference_over_this"]
+            spread = f"{100 * row['spread']:.1f} %" if s["generations"] > 1 else None  # of one there is none
+            ratio = row["reference_over_this"]
             parts = [row["parts"].get(part) for part in PARTS]
             seconds, count = row["seconds_per_image"], row["measurements"]
             rows.append([row["batch"], row["model"], seconds, spread, count, ratio, row["over_floor"], *parts])
         heads = ["batch", "model", "s/image", "spread", "n", "reference / this", "x floor", *PARTS]
         error = max(e for n, e in result["errors"].items() if n.startswith("teacher"))
         settings = f"K = {s['ar_steps']}, guidance {s['guidance']} linear, {s['head_steps']} steps, {s['dtype']}"
+        settings += f" (the reference: {s['reference_precision']})"
         texts.append(
             f"{s['preset']}, {settings}; {m.get('gpu', m['cpu'])}, {m['threads']} threads, {result['date']} "
             f"({link(name)}); largest error of a token {error:.1e} of its largest entry:\n\n{markdown(heads, rows)}"
@@ -147,8 +149,8 @@ def small_models(results: Path) -> str:
         heads = ["batch", "K", "teacher ms", "student ms", "teacher / student", "student x floor"]
         texts.append(
             f"`{result['command']}`: guidance {s['guidance']}, {s['head_steps']} steps, {s['dtype']}; "
-            f"{m.get('gpu', m['cpu'])}, {m['threads']} threads, {result['date']} ({link(file.name)}):\n\n"
-            + markdown(heads, rows)
+            f"{m.get('gpu', m['cpu'])}, {m['threads']} threads, {result['date']}, medians of {s['repeats']} batches "
+            f"({link(file.name)}):\n\n" + markdown(heads, rows)
         )
     return "\n\n".join(texts) or "Not measured yet."
 
@@ -182,12 +184,12 @@ def training(results: Path) -> str:
     verbs = [verb for verb in ("train", "distill head", "distill all", "rl") if verb in stages]
     rows = [
         [
-            verb, row["batch"], row.get("ar_steps"), row["seconds"], row["predicted_seconds"],
+            verb, row["batch"], row.get("ar_steps"), row["seconds"], row["timed_updates"], row["predicted_seconds"],
             row["seconds"] / row["predicted_seconds"], row["tokens_per_second"], row["peak_memory"] / GIB,
         ]
         for verb in verbs for row in [stages[verb]]
     ]  # fmt: skip
-    heads = ["update", "batch", "K", "seconds", "floor", "x", "tokens/s", "peak GiB"]
+    heads = ["update", "batch", "K", "seconds", "n", "floor", "x", "tokens/s", "peak GiB"]
     device = result["versions"]["device"]
     text = f"mar-b on {device}, {result['date']} ({link('imagenet_scale.json')}):\n\n{markdown(heads, rows)}"
     if {"distill head", "distill all"} <= set(stages):
@@ -211,15 +213,23 @@ def gpu(results: Path) -> str:
             ratio = other["seconds_per_image"] / s["seconds_per_image"] if other else None
             rows.append(
                 [
-                    s["size"], s["model"], s["mode"], s["batch"], s["ar_steps"], 1000 * s["seconds_per_image"], ratio,
-                    s.get("over_floor"), s.get("transformer_matmul_share"),
+                    s["size"], s["model"] + ", extrapolated" * s.get("extrapolated", False), s["mode"], s["batch"],
+                    s["ar_steps"], 1000 * s["seconds_per_image"], f"{100 * s['spread']:.1f} %", s["measurements"],
+                    ratio, s.get("over_floor"), s.get("transformer_matmul_share"),
                 ]
             )  # fmt: skip
-        heads = ["", "model", "mode", "batch", "K", "ms/image", "reference / this", "x floor", "share of matmul rate"]
+        heads = ["", "model", "mode", "batch", "K", "ms/image", "spread", "n", "reference / this", "x floor"]
+        heads.append("transformer's share of matmul rate")
+        errors = [
+            f"\n\nThe reference extrapolated from {s['measured_head_steps'][0]} and {s['measured_head_steps'][1]} "
+            f"denoising steps where the whole chain was timed too (K = {s['ar_steps']}, batch {s['batch']}): "
+            f"{100 * s['extrapolation_error']:+.1f} %."
+            for s in drawn if s.get("extrapolation_error") is not None
+        ]  # fmt: skip
         updates = [
             [
-                s["size"], s["verb"], s["batch"], s["seconds_per_update"], s["floor_seconds"], s["over_floor"],
-                s["tokens_per_second"], s["peak_memory"] / GIB,
+                s["size"], s["verb"], s["batch"], s["seconds_per_update"], s["measurements"], s["floor_seconds"],
+                s["over_floor"], s["tokens_per_second"], s["peak_memory"] / GIB,
             ]
             for s in stages if "verb" in s and "seconds_per_update" in s
         ]  # fmt: skip
@@ -232,8 +242,8 @@ def gpu(results: Path) -> str:
                 ratio = one["distill all"]["seconds_per_update"] / one["distill head"]["seconds_per_update"]
                 ratios.append(f"\n\n{size}: head-only distillation makes {ratio:.2f} times the updates per second.")
         texts.append(
-            f"{device_of(result)}, {result['date']} ({link(name)}):\n\n{markdown(heads, rows)}\n\n"
-            + markdown(["", "update", "batch", "seconds", "floor", "x", "tokens/s", "peak GiB"], updates)
+            f"{device_of(result)}, {result['date']} ({link(name)}):\n\n{markdown(heads, rows)}{''.join(errors)}\n\n"
+            + markdown(["", "update", "batch", "seconds", "n", "floor", "x", "tokens/s", "peak GiB"], updates)
             + "".join(ratios)
         )
     return "\n\n".join(texts) or "Not measured yet."

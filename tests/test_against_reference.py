@@ -196,3 +196,85 @@ def test_the_whole_benchmark(benchmark, checkout, tmp_path, capsys):
     assert found["settings"]["reference_precision"] == "float32, no autocast"
     assert "the reference: float32, no autocast" in out
     assert all(len(line) <= 120 for line in out.splitlines())
+
+
+# ---- the GPU suite
+
+
+@pytest.fixture
+def suite(benchmark, tmp_path):
+    """The GPU suite at its smallest size, on the CPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "benchmarks"))
+        module = importlib.import_module("gpu_suite")
+    found = module.Suite(tmp_path / "found.json", torch.device("cpu"), module.TINY, 1)
+    return module, found
+
+
+def test_a_whole_chain_and_an_extrapolated_one(benchmark, checkout, suite, monkeypatch):
+    """Of a time that is linear in the denoising steps both are exact; two cuts and the whole are timed in turn."""
+    module, one = suite
+    drawn = []
+
+    def linear(theirs, config, labels, clocked):
+        drawn.append((config.head_steps, config.ar_steps, int(theirs.reference.diffloss.gen_diffusion.num_timesteps)))
+        return benchmark.Measured(torch.empty(0), [3.0 + 2.0 * config.head_steps], {})
+
+    monkeypatch.setattr(module.side.Theirs, "draw", linear)
+    code = benchmark.load_code(checkout)
+    both = module.reference(one, code, 2, 3, (2, 3, 4))
+    assert drawn == [(n, 3, n) for n in (2, *(2, 3, 4) * 3)]  # a whole generation first, to warm up
+    assert (both["seconds_per_image"], both["extrapolation_error"], both["extrapolated"]) == (11 / 2, 0, False)
+    cut = module.reference(one, code, 2, 3, (2, 3))
+    assert (cut["seconds_per_image"], cut["extrapolation_error"], cut["extrapolated"]) == (11 / 2, None, True)
+    assert (cut["head_steps"], cut["measurements"], cut["measured_head_steps"]) == (4, 3, [2, 3])
+    one.stage_end = 0.0
+    assert module.reference(one, code, 2, 3, (4,))["measurements"] == 1
+
+
+def test_the_suite_with_the_reference(benchmark, checkout, suite):
+    module, one = suite
+    planned = {name: (work, seconds) for name, work, seconds in module.stages(one, checkout)}
+    names = list(planned)
+    timed = [name for name in names if "reference teacher" in name]
+    assert names.index("same tokens as the reference, float32") < min(names.index(name) for name in timed)
+    for name in ("rates", "same tokens as the reference, float32", *timed):
+        one.run(name, *planned[name])
+    _, same, *rows = one.result["stages"]
+    assert set(same["errors"]) == {"teacher", "student"}
+    assert 0 < same["errors"]["teacher"] < same["tolerance"] == benchmark.TOLERANCE
+    assert [row["extrapolated"] for row in rows] == [False, False, True]
+    assert all(row["seconds_per_image"] > 0 and row["measurements"] >= 1 for row in rows)
+
+
+def test_what_compiles_comes_early_and_has_time(suite):
+    module, one = suite
+    one.device, one.scale = torch.device("cuda"), module.FULL  # nothing touches it
+    planned = [(name, seconds) for name, _, seconds in module.stages(one, None)]
+    assert [name for name, _ in planned[1:4]] == [
+        "mar-b student bf16+graphs batch 1 K 64", "mar-b student bf16+compile+graphs batch 1 K 64",
+        "mar-b student bf16+graphs batch 1 K 256",
+    ]  # fmt: skip
+    assert all(seconds == 150 for name, seconds in planned if "compile" in name)
+    assert len({name for name, _ in planned}) == len(planned)
+
+
+@pytest.mark.filterwarnings("ignore")  # of PyTorch's own compiler
+def test_stages_that_compile_start_anew_and_fail_where_the_compiler_gives_up(suite):
+    from torch import _dynamo
+
+    one_more = torch.compile(lambda x: x + 1, backend="eager", dynamic=False)
+    for _ in range(2):
+        with suite[0].compiler(["bf16", "compile"]), _dynamo.config.patch(recompile_limit=1):
+            assert one_more(torch.zeros(1)) == 1
+            with pytest.raises(_dynamo.exc.FailOnRecompileLimitHit):
+                one_more(torch.zeros(2))
+    assert not _dynamo.config.fail_on_recompile_limit_hit
+
+
+def test_updates_that_run_out_of_time_are_kept(suite):
+    module, one = suite
+    one.rates["float32"], one.stage_end = 1e9, 0.0
+    found = module.training(one, "train", "tiny")
+    assert found["measurements"] == 1
+    assert found["operations_per_update"] > 0

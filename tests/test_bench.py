@@ -135,6 +135,13 @@ def test_median_and_spread():
     assert median_and_spread([1.0, 2.0, 3.0, 4.0, 5.0]) == (3.0, pytest.approx(2 / 3))
 
 
+def test_peak_memory_of_graphs_is_what_their_pool_holds(monkeypatch: pytest.MonkeyPatch):
+    """A replay allocates nothing, so PyTorch's count of tensors does not see it."""
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: 5)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda _: 9)
+    assert [peak_memory(torch.device("cuda"), graphs) for graphs in (False, True)] == [5, 9]
+
+
 def test_peak_memory_sees_an_allocation_that_is_gone():
     cpu = torch.device("cpu")
     reset_peak(cpu)
@@ -232,25 +239,34 @@ def test_measurements_reach_the_tables(speed_floor, tmp_path):
     cached = {**row, "model": "student, full pass every 4", "over_floor": 0.4}
     result = {
         "benchmark": "against_reference", "date": "2026-11-23", "machine": {"cpu": "a CPU", "threads": 2},
-        "settings": {"preset": "mar-b", "ar_steps": 16, "guidance": 2.9, "head_steps": 100, "dtype": "float32"},
+        "settings": {"preset": "mar-b", "ar_steps": 16, "guidance": 2.9, "head_steps": 100, "dtype": "float32",
+                     "reference_precision": "float32, no autocast", "generations": 3},
         "errors": {"teacher": 4e-6}, "rows": [{**row, "model": "student"}, cached],
     }  # fmt: skip
     (tmp_path / "side.json").write_text(json.dumps(result))
     drawn = {**row, "size": "mar-h", "model": "student", "mode": "bf16+graphs", "over_floor": 3.21}
-    suite = {"benchmark": "gpu_suite", "date": "2026-11-23", "machine": {"gpu": "NVIDIA H200"}, "stages": [drawn]}
+    theirs = {**drawn, "size": "mar-b", "model": "reference teacher", "mode": "bf16 by autocast", "ar_steps": 64}
+    theirs |= {"measured_head_steps": [5, 25, 100], "extrapolated": False, "extrapolation_error": 0.021}
+    cut = {**theirs, "extrapolated": True, "extrapolation_error": None, "ar_steps": 256, "measurements": 3}
+    suite = {"benchmark": "gpu_suite", "date": "2026-11-23", "machine": {"gpu": "NVIDIA H200"}}
+    suite["stages"] = [drawn, theirs, cut]
     update = {"size": "mar-b", "batch": 96, "floor_seconds": 0.1, "over_floor": 2.0, "tokens_per_second": 1e5}
-    update["peak_memory"] = 2**30
+    update |= {"peak_memory": 2**30, "measurements": 6}
     for verb, seconds in (("distill head", 0.2), ("distill all", 0.9)):
         suite["stages"].append({**update, "verb": verb, "seconds_per_update": seconds})
     (tmp_path / "gpu.json").write_text(json.dumps(suite))
     text = speed_floor.tables(0.1e12, tmp_path)
+    assert "float32 (the reference: float32, no autocast); a CPU" in text
     floors = [
         line.split(" | ") for line in text.splitlines() if line.startswith(("| mar-b | 16 | 1 |", "| mar-h | 16 | 1 |"))
     ]
     assert floors[0][8] == "1.23"  # not the cached one, which computes less
     assert floors[1][-1] == "3.21 |"
     assert "| 1 | student | 12.5 | 1.3 % | 48 | 6.25 | 1.23 | 4 | 8 | 0.5 |" in text
-    assert "| mar-h | student | bf16+graphs | 1 | 16 | 12,500 |" in text
+    assert "| mar-h | student | bf16+graphs | 1 | 16 | 12,500 | 1.3 % | 48 |" in text
+    assert "| mar-b | reference teacher, extrapolated | bf16 by autocast | 1 | 256 | 12,500 | 1.3 % | 3 |" in text
+    assert "from 5 and 25 denoising steps where the whole chain was timed too (K = 64, batch 1): +2.1 %." in text
+    assert "| mar-b | distill head | 96 | 0.2 | 6 |" in text
     assert "mar-b: head-only distillation makes 4.50 times the updates per second" in text
     assert "3.56 times the updates per second" in text  # 19.49 s over 5.48 s
     with pytest.raises(ValueError, match="the page must have"):

@@ -78,10 +78,13 @@ def reset_peak(device: torch.device) -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def peak_memory(device: torch.device) -> int:
-    """Bytes: of tensors on the GPU, or resident memory of the whole process."""
+def peak_memory(device: torch.device, graphs: bool = False) -> int:
+    """Bytes: of tensors on the GPU, or resident memory of the whole process.
+
+    A CUDA graph that is launched again asks for no memory: with ``graphs``, all that PyTorch holds on the GPU counts.
+    """
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+        return torch.cuda.max_memory_reserved(device) if graphs else torch.cuda.max_memory_allocated(device)
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/self/status").read_text().splitlines()
         return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
@@ -220,7 +223,7 @@ def bench(
                 for name, model in models.items():
                     reset_peak(place)
                     times[name].append(time_batch(model, configs[name], batch, seed=repeat))
-                    peaks[name] = max(peaks[name], peak_memory(place))
+                    peaks[name] = max(peaks[name], peak_memory(place, graphs))
             for name, model in models.items():
                 median, spread = median_and_spread([seconds / batch for seconds in times[name][1:]])
                 splits = [split_batch(model, configs[name], batch, seed) for seed in range(min(3, repeats))]
@@ -287,14 +290,16 @@ def table(results: dict[str, Any]) -> str:
         lines.append(f"within {1000 * b['seconds']:g} ms per image at batch {b['batch']}: {took}")
     s, m, rates = results["settings"], results["machine"], results["rates"]
     on_gpu = "gpu" in m
+    memory = "all memory held on the GPU" if s["graphs"] else "tensors on the GPU"
+    memory = memory if on_gpu else "the process's resident memory"
     modes = [name for name in ("graphs", "compile") if s[name]]
     modes += [f"refresh_every {s['refresh_every']}"] if s["refresh_every"] > 1 else []
     lines += [
-        f"ms per image; the parts were clocked in other batches; teacher: {s['head_steps']} {s['solver']} steps, "
-        f"guidance {s['guidance']} ({s['guidance_schedule']})",
+        f"ms per image; the parts were clocked in other batches{', without graphs' if s['graphs'] else ''}; "
+        f"teacher: {s['head_steps']} {s['solver']} steps, guidance {s['guidance']} ({s['guidance_schedule']})",
         f"floor: operations at the {rates['matmul'] / 1e12:.3g} TFLOP/s of matrix products measured in this run"
         + (f", or bytes at {rates['bandwidth'] / 1e9:.0f} GB/s" if on_gpu else "") + "; without the tokenizer",
         f"{', '.join([s['dtype'], *modes])}, {m.get('gpu', m['cpu'])}, {m['cores']} cores, {m['threads']} threads; "
-        + ("MiB: peak of tensors on the GPU" if on_gpu else "MiB: peak of the process's resident memory"),
+        + f"MiB: peak of {memory}",
     ]  # fmt: skip
     return "\n".join(lines)
