@@ -113,8 +113,8 @@ def pictures(height: int, width: int) -> np.ndarray:
     return np.stack([square, ramp, noise, 255 - ramp]).astype(np.uint8)
 
 
-def load(folder: Path):
-    names = {"class_names": ["cat", "dog"], "template": "a {class}", "classifier": "", "device": "cpu"}
+def load(folder: Path, *classes: str):
+    names = {"class_names": classes or ["cat", "dog"], "template": "a {class}", "classifier": "", "device": "cpu"}
     return load_reward(f"imagereward:{folder}", **names)
 
 
@@ -196,4 +196,6 @@ def test_what_is_not_a_whole_imagereward_is_refused(folder: Path, tmp_path: Path
         load(Path("nowhere"))
     with pytest.raises(ValueError, match="is longer than the 35 tokens it reads"):
         load(folder)(torch.rand(1, 3, 8, 8), ["a dog " * 20])
+    with pytest.raises(ValueError, match="is longer than the 35 tokens it reads"):
+        load(folder, "cat", "a dog " * 20)
     assert capfd.readouterr() == ("", "")

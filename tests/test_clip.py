@@ -139,6 +139,9 @@ def test_grey_images_and_cached_prompts(folder: Path, monkeypatch: pytest.Monkey
     assert calls == [2, 1]  # a bird
     with pytest.raises(ValueError, match=r"the prompt 'xxxx.* is longer than the 40 tokens CLIP reads"):
         clip.texts(["x" * 50])
+    names = {"class_names": ["cat", "x" * 50], "template": "a {class}", "classifier": "", "device": "cpu"}
+    with pytest.raises(ValueError, match=r"reward 'clip:.*x' is longer than the 40 tokens CLIP reads"):
+        load_reward(f"clip:{folder}", **names)  # before any image asks for the last class
 
 
 def edited(folder: Path, out: Path, name: str, change: Any) -> str:

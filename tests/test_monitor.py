@@ -9,9 +9,10 @@ import torch
 
 from marval.config import RLConfig
 from marval.distributed import connect
-from marval.monitor import Monitor, image_statistics, short_name
+from marval.models.classifier import Classifier
+from marval.monitor import Monitor, class_in_turn, image_statistics, short_name
 from marval.pipeline import Pipeline
-from marval.rewards import UserReward
+from marval.rewards import Reward, UserReward, load_reward
 
 CONFIG = RLConfig(batch=16, ar_steps=4, eval_images=60, prompt="a {class}")
 STATISTICS = {"brightness", "contrast", "saturation", "edge_density", "clipped", "entropy"}
@@ -21,10 +22,10 @@ def brightness(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
     return images.mean((1, 2, 3))
 
 
-def monitor(**changes: object) -> tuple[Monitor, Pipeline]:
+def monitor(reward: Reward | None = None, **changes: object) -> tuple[Monitor, Pipeline]:
     student = Pipeline.load(tiny.student())
     config = dataclasses.replace(CONFIG, **changes)
-    return Monitor.make(config, student, UserReward(brightness), connect("cpu")), student
+    return Monitor.make(config, student, reward or UserReward(brightness), connect("cpu")), student
 
 
 def dark() -> Pipeline:
@@ -80,9 +81,12 @@ def test_alarms():
     first = watching.look(student)
     assert first["fid_heldout"] < 0.1 * watching.look(dark())["fid_heldout"]  # against the student's own images
     ranges = watching.ranges(student, first)
-    for name, (mean, spread) in ranges.items():
-        assert spread >= 0.02 * abs(mean)
-        assert abs(first[name] - mean) < 3 * spread
+    for name, (centre, spread) in ranges.items():
+        assert spread >= 0.02 * abs(centre)
+        assert first[name] == centre  # later looks share its noise
+    assert watching.alarms(watching.look(student, 1), ranges) == {}
+    accuracy = watching.rows(student, 1)["accuracy"]
+    assert ranges["accuracy_heldout"][1] >= float(accuracy.std()) / 60**0.5
     assert watching.alarms(first, ranges) == {}
     black = watching.look(dark())
     assert black["brightness_heldout"] < 0.01
@@ -95,6 +99,7 @@ def test_alarms():
     assert not watching.collapsed(dict(list(alarms.items())[:4]))
     better = {"reward_heldout": 1e3, "fid_heldout": 0.0, "precision_heldout": 2.0, "accuracy_heldout": 2.0}
     assert watching.alarms(first | better, ranges) == {}
+    assert list(watching.alarms(first | {"kid_heldout": float("nan")}, ranges)) == ["kid_heldout"]
     low, high = watching.limits("brightness_heldout", ranges)
     line = watching.line(20, "brightness_heldout", 0.0, ranges)
     expected_line = f"ALARM update 20: brightness_heldout 0 is outside {low:.4g} .. {high:.4g} (3 spreads over 4 seeds"
@@ -108,6 +113,63 @@ def test_without_a_network_there_are_no_distances():
     watching, student = monitor()
     assert watching.look(student).keys() == {f"{name}_heldout" for name in STATISTICS | {"reward"}}
     assert watching.score({"reward_heldout": 3.0}) == 3.0
+    assert not watching.independent
+    alarms = {f"{name}_heldout": 9.0 for name in STATISTICS}
+    assert watching.collapsed(alarms), "there is nothing else to tell"
+    assert not watching.collapsed(dict(list(alarms.items())[:5]))
+
+
+def test_features_of_the_trained_reward_are_not_watched():
+    folder = str(tiny.classifier())
+    names = {"class_names": list("0123456789"), "template": CONFIG.prompt, "device": "cpu"}
+    for spec in ("classifier", "reads-class", "1*reads-class + 0.5*classifier"):
+        reward = load_reward(spec, classifier=folder, **names)
+        watching, _ = monitor(reward, classifier=folder)
+        assert watching.network is None
+        assert not watching.independent
+    assert monitor(reward, classifier=folder, judge=folder)[0].network is not None
+    assert monitor(classifier=folder)[0].independent
+    with pytest.raises(ValueError, match="select fid needs --features or --judge: the reward optimises"):
+        monitor(reward, classifier=folder, select="fid")
+
+
+def test_a_judge_of_other_classes(tmp_path: Path):
+    """It may know more of them, in another order; not fewer."""
+    classifier = Classifier.load(tiny.classifier())
+    with torch.no_grad():
+        for tensor in (classifier.head.weight, classifier.head.bias):
+            tensor.copy_(tensor.flip(0))
+    classifier.class_names.reverse()
+    classifier.save(tmp_path / "reversed")
+    numbers = []
+    for judge in (tiny.classifier(), tmp_path / "reversed"):
+        watching, student = monitor(judge=str(judge))
+        numbers.append(watching.look(student))
+    for name in ("judge_heldout", "accuracy_heldout"):
+        assert numbers[1][name] == pytest.approx(numbers[0][name], rel=1e-4)
+    classifier.class_names[3] = "six"
+    classifier.save(tmp_path / "other")
+    with pytest.raises(ValueError, match=r"classifier .*other knows the classes 9, 8, 7, six, 5, but the model"):
+        monitor(judge=str(tmp_path / "other"))
+
+
+def test_a_published_classifier_is_no_judge_of_digits(shared: Path):
+    with pytest.raises(ValueError, match=r"th knows the classes airplane, .* but the model 0, 1"):
+        monitor(judge=str(shared / "data/weights/resnet20-12fca82f.th"))
+
+
+def test_classes_in_turn():
+    assert [class_in_turn(i, 12, 5) for i in range(12)] == [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0, 1]
+    assert [class_in_turn(i, 4, 1000) for i in range(5)] == [0, 250, 500, 750, 0]  # one to spare
+
+
+def test_held_out_rewards_are_tried_and_named(tmp_path: Path):
+    code = "def fid(images, prompts):\n    return images.mean((1, 2, 3))\ndef bad(images, prompts):\n    return 1\n"
+    (tmp_path / "more.py").write_text(code)
+    watching, _ = monitor(held_out=f"{tmp_path / 'more.py'}:fid")
+    assert list(watching.rewards) == ["reward", f"{tmp_path / 'more.py'}:fid"]
+    with pytest.raises(ValueError, match="bad': the reward returned a int"):
+        monitor(held_out=f"{tmp_path / 'more.py'}:bad")
 
 
 def test_a_wrong_network_is_refused(tmp_path: Path):

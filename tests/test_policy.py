@@ -30,11 +30,13 @@ def test_gradients():
 
 
 def test_group_advantages():
-    rewards = torch.cat([3 + 5 * randn(8), 0.01 * randn(8, seed=1) - 100, torch.full((8,), 2.0)]).double()
-    advantages = policy.group_advantages(rewards, 8, eps=1e-12).view(3, 8)
-    assert_close(advantages.mean(1), torch.zeros(3, dtype=torch.float64), rtol=0, atol=1e-9)
+    rounding = 20 + 1e-6 * randn(8, seed=2)
+    rewards = torch.cat([3 + 5 * randn(8), 0.01 * randn(8, seed=1) - 100, torch.full((8,), 2.0), rounding]).double()
+    assert policy.dead_groups(rewards, 8).tolist() == [False, False, True, True]
+    advantages = policy.group_advantages(rewards, 8).view(4, 8)
+    assert_close(advantages.mean(1), torch.zeros(4, dtype=torch.float64), rtol=0, atol=1e-9)
     assert_close(advantages.std(1)[:2], torch.ones(2, dtype=torch.float64), rtol=1e-6, atol=0)
-    assert not advantages[2].any()
+    assert not advantages[2:].any()
     assert torch.equal(advantages[0].argsort(), rewards[:8].argsort())
 
 

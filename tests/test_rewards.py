@@ -21,6 +21,7 @@ from marval.rewards import (
     calibrate,
     check_reward,
     class_prompts,
+    code_files,
     load_reward,
     prompt_for,
     score,
@@ -274,6 +275,15 @@ def test_weighted_sum(folder: Path, tmp_path: Path, images: Tensor):
     assert not load(f"1*reads-class + 1*{file}:bright", folder).differentiable
     single = load("reads-class", folder)
     assert calibrate(single, images, prompts) is single
+    assert code_files(f"0.5*classifier + -2e-1*{file}:bright + 1*verifiable:b.py:f") == [file, Path("b.py")]
+    assert code_files(f"{file}:bright") == [file]
+    assert code_files("pickscore:folder") == []
+    file.write_text(
+        file.read_text()
+        + "def dull(images, prompts):\n    return 0 * images.sum((1, 2, 3))\ndull.differentiable = True\n"
+    )
+    with pytest.raises(ValueError, match="dull' calls itself differentiable but its gradient is zero"):
+        check_reward(load(f"1*classifier + 1*{file}:dull", folder), images, prompts)  # the sum has a gradient
     for spec, message in (
         (f"1*classifier + 2*{file}:bad", r"reward '.*:bad': the reward of image 0 \('a picture of 0'\) is inf"),
         (

@@ -1,5 +1,6 @@
 """RL: both algorithms raise a simple reward, the anchors hold, runs stop early, bad rewards are refused."""
 
+import copy
 import dataclasses
 import json
 from pathlib import Path
@@ -14,13 +15,14 @@ from marval.algorithms import Batch, GroupGradient, RewardGradient
 from marval.config import DistillConfig, GSIMConfig, RLConfig, StudentConfig
 from marval.costs import Work
 from marval.distill import distill
+from marval.distributed import connect
 from marval.masking import masked_counts
 from marval.monitor import image_statistics
 from marval.pipeline import Pipeline
 from marval.policy import gaussian_log_prob
 from marval.rewards import UserReward
 from marval.rl import rl
-from marval.run import autocast
+from marval.run import Update, autocast
 from marval.sampling import gather_tokens, last, unmask
 
 CODE = """
@@ -215,7 +217,7 @@ def test_adapters_learn_resume_and_serve_both_algorithms(file: Path, tmp_path: P
     whole = aligned(tmp_path / "whole", reward=f"{file}:killed", **lora)
     assert brightness(whole) > before + 0.05
     marker = file.with_name("calls-left")
-    marker.write_text("30")  # calls of the reward: a probe, 12 of the first looks, then 1 per update and 3 per look
+    marker.write_text("30")  # calls of the reward: two probes, 12 of the first looks, then 1 per update and 3 per look
     with pytest.raises(KeyboardInterrupt):
         aligned(tmp_path / "part", reward=f"{file}:killed", **lora)
     assert json.loads((tmp_path / "part" / "meta.json").read_text())["step"] == 8
@@ -241,6 +243,57 @@ def test_hinge_and_truncated_gradients(file: Path, tmp_path: Path):
         norms[steps, stored] = tiny.metrics(out)[1]["grad_norm"]
     assert norms[0, True] == norms[4, True] == pytest.approx(norms[0, False], rel=1e-5)
     assert norms[1, True] != pytest.approx(norms[0, True], rel=1e-2)
+
+
+def test_images_of_a_group_differ_in_exploration_alone(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    group = {"reward": f"{file}:black_box", "algorithm": "group", "steps": 2}
+    for std, dead in ((1e-6, 1.0), (0.2, 0.0)):
+        aligned(tmp_path / f"{std}", **group, std=std)
+        rows = tiny.metrics(tmp_path / f"{std}")
+        assert [row["dead_groups"] for row in rows if "dead_groups" in row] == [dead] * 2
+        warning = "WARNING update 1: the rewards of every group are equal, so nothing is learned from them"
+        assert (warning in capsys.readouterr().err) == (dead == 1)
+
+
+def test_kl_is_logged_per_token_with_gradient():
+    config = RLConfig(algorithm="group", kl=1.0, group_size=2, batch=4, ar_steps=4, precision="float32")
+    model = Pipeline.load(tiny.student())
+    reference = copy.deepcopy(model.network.requires_grad_(True))
+    with torch.no_grad():
+        model.network.head.final_layer.linear.bias += 0.1
+    update = Update("student", model.network.head, torch.optim.Adam([torch.zeros(1)]), config, connect("cpu"))
+    algorithm = GroupGradient(model, UserReward(lambda images, prompts: images.mean((1, 2, 3))), config, reference)
+    g = torch.Generator().manual_seed(0)
+    z, exploration = torch.randn(2, 4, 16, 4, generator=g)
+    orders, w = torch.rand(4, 16, generator=g).argsort(1), torch.full((4, 1), 1.5)
+    rollout = algorithm.draw(Batch(torch.arange(4), [""] * 4, orders, z, w, exploration, frozenset(range(4))))
+
+    def kl(*steps: int) -> float:
+        batch = dataclasses.replace(rollout.batch, grad_steps=frozenset(steps))
+        return float(algorithm.steps(dataclasses.replace(rollout, batch=batch), update, 1.0, last=True)["kl"])
+
+    counts = masked_counts(16, 4)
+    each = sum(kl(k) * (counts[k] - counts[k + 1]) for k in range(4)) / 16
+    assert kl(0, 1, 2, 3) == pytest.approx(each, rel=1e-4)
+    assert each > 0
+
+
+def test_a_run_that_dies_leaves_its_best_model(file: Path, tmp_path: Path):
+    file.with_name("calls-left").write_text("26")
+    with pytest.raises(KeyboardInterrupt):
+        aligned(tmp_path / "run", reward=f"{file}:killed")
+    rows = [row for row in tiny.metrics(tmp_path / "run") if "alarms" in row]
+    model = Pipeline.load(tmp_path / "run")
+    assert model.provenance["best_update"] == rows[-1]["step"] == 4
+    assert brightness(model) > brightness(Pipeline.load(tiny.student()))
+
+
+def test_code_of_a_reward_may_not_change(file: Path, tmp_path: Path):
+    changes = {"reward": f"{file}:brightness", "held_out": f"{file}:darkness", "steps": 1}
+    aligned(tmp_path / "run", **changes)
+    file.write_text(file.read_text() + "\n")
+    with pytest.raises(ValueError, match=r"was started with code of my_rewards.py = 'sha256 .*: resume with the same"):
+        rl(dataclasses.replace(CONFIG, **changes), tiny.student(), tmp_path / "run", resume=True)
 
 
 def test_early_stop_keeps_the_best(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -275,13 +328,19 @@ def test_a_collapsing_run_stops_and_leaves_its_start(file: Path, tmp_path: Path,
     metrics = (tmp_path / "run" / "metrics.jsonl").read_bytes()
     rl(dataclasses.replace(CONFIG, **changes), tiny.student(), tmp_path / "run", resume=True)
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == metrics
+    assert "stopped: collapsed: " in capsys.readouterr().err
+    never = aligned(tmp_path / "never", **changes | {"patience": 0, "steps": 8, "target": 0.0})
+    assert never.provenance["best_update"] == 0, "not kept where nothing stops either"
+    assert max(row["step"] for row in tiny.metrics(tmp_path / "never")) == 8
 
 
 def test_target_and_held_out_rewards(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     start = brightness(Pipeline.load(tiny.student()))
     changes = {"reward": f"{file}:brightness", "held_out": f"{file}:darkness", "select": "reward", "steps": 100}
-    aligned(tmp_path / "run", **changes, target=start + 0.05)
-    assert "stopped: held-out reward 0." in capsys.readouterr().err
+    aligned(tmp_path / "run", **changes, target=start + 0.05, collapse=0)
+    err = capsys.readouterr().err
+    assert "stopped: held-out reward 0." in err
+    assert "nothing is watched that the reward does not optimise" not in err
     rows = [row for row in tiny.metrics(tmp_path / "run") if "darkness_heldout" in row]
     assert rows[-1]["reward_heldout"] >= start + 0.05 > rows[-2]["reward_heldout"]
     assert rows[-1]["darkness_heldout"] == pytest.approx(-rows[-1]["reward_heldout"], abs=1e-5)
@@ -293,6 +352,9 @@ def test_target_and_held_out_rewards(file: Path, tmp_path: Path, capsys: pytest.
         tmp_path / "fid", **changes | {"select": "fid"}, classifier=folder, patience=1, collapse=0
     )  # fmt: skip
     assert stopped.provenance["best_update"] == 0
+    assert "nothing is watched" not in capsys.readouterr().err
+    aligned(tmp_path / "alone", reward=f"{file}:brightness", steps=1)
+    assert "warning: nothing is watched that the reward does not optimise" in capsys.readouterr().err
 
 
 def test_a_weighted_sum_is_normalised_on_the_starting_student(file: Path, tmp_path: Path):
@@ -305,6 +367,8 @@ def test_a_weighted_sum_is_normalised_on_the_starting_student(file: Path, tmp_pa
     assert abs(rows[0]["reward_heldout"]) < 0.2
     assert rows[-1]["reward_heldout"] > 1  # deviations of single images
     assert brightness(model) > before + 0.03
+    units = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["extra"]["units"]
+    assert [len(values) for values in units] == [2, 2]
 
 
 def test_schedule_of_the_anchor(file: Path, tmp_path: Path):
@@ -382,8 +446,14 @@ def test_a_reward_that_fails_later_stops_the_run(tmp_path: Path):
         "calls = []\ndef late(images, prompts):\n    calls.append(0)\n"
         "    return images.mean((1, 2, 3)) / (0.0 if len(calls) > 4 else 1.0)\nlate.differentiable = True\n"
     )
-    with pytest.raises(ValueError, match=r"the reward of image 0 .* is (inf|nan): it must be finite"):
+    message = r"the reward of image 0 .* is (inf|nan): it must be finite"
+    with pytest.raises(ValueError, match=message) as error:
         aligned(tmp_path / "run", reward=f"{tmp_path / 'late.py'}:late")
+    assert "the best model" not in str(error.value)  # there is none yet
+    late = tmp_path / "late.py"
+    late.write_text(late.read_text().replace("> 4", "> 15"))
+    with pytest.raises(ValueError, match=rf"{message}; the best model so far, of update 0, is in {tmp_path / 'run'}2"):
+        aligned(tmp_path / "run2", reward=f"{late}:late")
 
 
 def test_image_statistics():

@@ -90,14 +90,20 @@ class Algorithm:
         raise NotImplementedError
 
     def steps(self, rollout: Rollout, update: Update, weight: float, last: bool) -> dict[str, Tensor]:
-        """Add up the gradient of `step_loss`, one AR step at a time: memory does not grow with K."""
+        """Add up the gradient of `step_loss`, one AR step at a time: memory does not grow with K.
+
+        Returns:
+            What to watch, per token of the steps that carry gradients. The loss is per token of the image: as the
+            reward's gradient, that of n steps is not scaled up to that of all.
+        """
         watched: dict[str, Tensor] = {}
         chosen = sorted(rollout.batch.grad_steps)
         for k in chosen:
             _, values = update.backward(self.step_loss, rollout, k, weight=weight, last=last and k == chosen[-1])
             for name, value in values.items():
                 watched[name] = watched.get(name, torch.zeros_like(value)) + value
-        return watched
+        share = sum(self.counts[k] - self.counts[k + 1] for k in chosen) / self.counts[0]
+        return {name: value / share for name, value in watched.items()}
 
 
 class RewardGradient(Algorithm):
@@ -132,7 +138,7 @@ class RewardGradient(Algorithm):
 
 
 class GroupGradient(Algorithm):
-    """Algorithm "group": clipped policy gradient with advantages normalised within groups of one class and order."""
+    """Algorithm "group": clipped policy gradient with advantages normalised within groups of one class, order and z."""
 
     def rollout(self, batch: Batch, update: Update, weight: float, last: bool) -> Rollout:
         """Only `draw`: the gradients come later, from `backward`."""
@@ -167,5 +173,7 @@ class GroupGradient(Algorithm):
         return loss + self.config.kl * kl, {"kl": kl.detach()}
 
     def backward(self, rollout: Rollout, update: Update, weight: float, last: bool) -> dict[str, Tensor]:
-        """Add up the gradient, one AR step at a time."""
-        return self.steps(rollout, update, weight, last)
+        """Add up the gradient, one AR step at a time; ``dead_groups`` is the share of groups that teach nothing."""
+        rewards = policy.hinge(rollout.rewards, self.config.hinge)
+        dead = policy.dead_groups(rewards, self.config.group_size).float().mean()
+        return self.steps(rollout, update, weight, last) | {"dead_groups": dead}

@@ -289,17 +289,19 @@ class RLConfig(RunConfig):
 
     reward: str = "classifier"
     """`classifier` (log-probability of the asked class), `reads-class` (1 if the classifier reads it, else 0),
-    `pickscore:FOLDER_OR_HUB`, `clip:FOLDER_OR_HUB`, or `path/to/file.py:function`: a callable (images float NCHW in
-    [0, 1], prompts list[str]) -> (B,)."""
+    `pickscore:`, `clip:`, `hps:` or `imagereward:` and a folder or hub name, `aesthetic:CLIP:HEAD`, `brisque:FOLDER`,
+    `path/to/file.py:function`: a callable (images float NCHW in [0, 1], prompts list[str]) -> (B,), also after
+    `verifiable:` or `exact-match:`; or a sum, `0.7*REWARD + 0.3*REWARD`."""
     classifier: str = ""
-    """Folder of the classifier that the built-in rewards use (marval train-classifier)."""
+    """Classifier that the built-in rewards use: a folder of marval train-classifier, a CIFAR-10 ResNet (.th) or
+    ImageNet's MobileNetV2 (.npz)."""
     judge: str = ""
-    """Folder of another classifier, never trained on: its accuracy and log-probability of the class are watched."""
+    """Another classifier, never trained on: its accuracy and log-probability of the class are watched."""
     held_out: str = ""
     """Rewards to watch and not to train on, comma-separated, each as `reward`."""
     features: str = ""
     """Network of FID, KID, precision and recall, as marval evaluate takes it; if left out, the judge, or else the
-    classifier; without any, they are not measured."""
+    classifier, unless the reward optimises it; without any, they are not measured."""
     reference: str = ""
     """What these compare with: `digits`, a folder of images or an .npz, as marval evaluate takes it; if left out,
     images of the starting student on other seeds."""
@@ -320,7 +322,7 @@ class RLConfig(RunConfig):
     checkpoint_ar_steps: bool = True
     """Store only the tokens of each AR step and recompute the rest in the backward pass."""
     group_size: int = 8
-    """Images per group; a group shares class and order (algorithm group)."""
+    """Images per group; a group shares class, order and the student's noise (algorithm group)."""
     std: float = 0.1
     """Exploration: standard deviation of the Gaussian around each token (algorithm group)."""
     clip: float = 0.2
@@ -336,7 +338,7 @@ class RLConfig(RunConfig):
     hinge: float | None = None
     """Rewards above this value earn nothing more."""
     target: float | None = None
-    """Stop when the reward on held-out seeds has reached this value."""
+    """Stop when the reward on held-out seeds has reached this value, unless the model has collapsed."""
     select: Literal["auto", "reward", "judge", "held-out", "fid"] = "auto"
     """The score on held-out seeds that picks the best model and that `patience` watches: the reward, the judge's
     log-probability, the first of `held_out`, or FID. auto: the judge, else `held_out`, else the reward."""
@@ -349,7 +351,7 @@ class RLConfig(RunConfig):
     range_seeds: int = 4
     """Sets of `eval_images` images of the starting student that give the range of every held-out number."""
     range_width: float = 3.0
-    """A held-out number raises an alarm if it is further from the starting student's mean than this many spreads."""
+    """A held-out number raises an alarm if it is further from the starting student's than this many spreads."""
     collapse: int = 5
     """A model with so many alarms at once, one of them no mere image statistic, counts as collapsed, and is never the
     best; 0 for never."""

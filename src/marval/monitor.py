@@ -17,10 +17,9 @@ from marval.config import RLConfig
 from marval.distributed import World
 from marval.features import FeatureNetwork, load_features
 from marval.metrics import Statistics, frechet_distance, kernel_distance, precision_recall
-from marval.models.classifier import Classifier
 from marval.pipeline import Pipeline
 from marval.reference import Reference, load_reference
-from marval.rewards import Reward, class_prompts, load_reward, score
+from marval.rewards import ClassifierLogProb, ReadsClass, Reward, WeightedSum, class_prompts, load_reward, score
 from marval.rng import generator
 from marval.tokenizers import to_float
 
@@ -29,8 +28,13 @@ HELD_OUT_SEED = 1_000_003
 NEIGHBOURS = 3
 SHARES = ("brightness", "contrast", "saturation", "edge_density", "clipped")
 """Image statistics that lie in [0, 1]."""
+STATISTICS = (*SHARES, "entropy")
+RESERVED = (*STATISTICS, "colours", "features", "reward", "judge", "accuracy", "fid", "kid", "precision", "recall")
+"""Names that a held-out reward cannot take."""
+PROBE = 8
+"""Images on which rewards and networks are tried before anything else happens."""
 Ranges = dict[str, list[float]]
-"""Mean and spread of each number, by its name."""
+"""Centre and spread of each number, by its name."""
 
 
 def per_image(images: Tensor) -> dict[str, Tensor]:
@@ -71,6 +75,11 @@ def image_statistics(images: Tensor) -> dict[str, Tensor]:
     return summary(per_image(images))
 
 
+def class_in_turn(i: int, count: int, classes: int) -> int:
+    """Class of image i of ``count``: classes in turn, or, where there are more classes, evenly spread over them."""
+    return i * classes // count % classes if count < classes else i % classes
+
+
 def short_name(spec: str) -> str:
     """pickscore:yuvalkirstain/PickScore_v1 -> pickscore, rewards.py:ink -> ink."""
     head, _, tail = spec.partition(":")
@@ -87,9 +96,9 @@ class Monitor:
     """One per class."""
     rewards: dict[str, Reward]
     """``reward``, the trained one, then held-out ones by short name."""
-    judge: Classifier | None
+    judge: ClassifierLogProb | None
     network: FeatureNetwork | None
-    """Of FID and its kind; None leaves them out."""
+    """Of FID and its kind; None leaves them out. Never the classifier that the reward is made of."""
     reference: Reference | None
 
     @classmethod
@@ -97,18 +106,29 @@ class Monitor:
         """Load what the config names.
 
         Raises:
-            ValueError: a reward, a network or a reference that does not exist or does not suit the images.
+            ValueError: a reward, a network or a reference that does not exist or does not suit the images; all are
+                tried on a few images of the student.
         """
         prompts = class_prompts(config.prompt, student.class_names)
+
+        def load(spec: str, classifier: str = config.classifier) -> Reward:
+            return load_reward(
+                spec, classifier=classifier, class_names=student.class_names, template=config.prompt,
+                device=world.device,
+            )  # fmt: skip
+
         rewards = {"reward": reward}
         for spec in filter(None, (part.strip() for part in config.held_out.split(","))):
             name = short_name(spec)
-            rewards[spec if name in (*rewards, "judge", "accuracy") else name] = load_reward(
-                spec, classifier=config.classifier, class_names=student.class_names, template=config.prompt,
-                device=world.device,
-            )  # fmt: skip
-        judge = Classifier.load(config.judge, world.device).requires_grad_(False) if config.judge else None
-        spec, network, reference = config.features or config.judge or config.classifier, None, None
+            rewards[spec if name in (*rewards, *RESERVED) else name] = load(spec)
+        judge = load("classifier", config.judge) if config.judge else None
+        assert judge is None or isinstance(judge, ClassifierLogProb)
+        parts = reward.rewards if isinstance(reward, WeightedSum) else [reward]
+        optimised = any(isinstance(part, ClassifierLogProb | ReadsClass) for part in parts)
+        spec = config.features or config.judge or ("" if optimised else config.classifier)
+        network = reference = None
+        if config.select == "fid" and not spec:
+            raise ValueError("select fid needs --features or --judge: the reward optimises the --classifier's features")
         if spec:
             network = load_features(spec, world.device) if world.is_main else None
             world.barrier()  # the first process may have had to download it
@@ -117,6 +137,8 @@ class Monitor:
                 sizes = student.tokenizer.image_size, student.tokenizer.image_channels
                 reference = load_reference(config.reference, network, *sizes, world)
         monitor = cls(config, world, prompts, rewards, judge, network, reference)
+        labels = torch.tensor([class_in_turn(i, PROBE, len(prompts)) for i in range(PROBE)], device=world.device)
+        monitor.row(student.sample(labels.tolist(), seed=config.seed), labels)
         if network is None or reference is not None:
             return monitor
         features = monitor.rows(student, config.range_seeds)["features"]
@@ -135,35 +157,42 @@ class Monitor:
         config, world = self.config, self.world
         share = -(-config.eval_images // world.size)  # surplus images keep the processes in step
         first = world.rank * share
-        labels = (first + torch.arange(share, device=world.device)) % len(model.class_names)
+        turns = [class_in_turn(first + i, config.eval_images, len(model.class_names)) for i in range(share)]
+        labels = torch.tensor(turns, device=world.device)
         batch = world.parts(config.batch, config.accumulate)[0].own.stop  # as many as an update decodes at once
         base = config.seed + HELD_OUT_SEED * (1 + seed)
         images = model.sample(labels.tolist(), seed=base, first_image=first, batch_size=batch)
-        parts: list[dict[str, Tensor]] = []
-        for start in range(0, share, batch):
-            some, asked = images[start : start + batch], labels[start : start + batch]
-            x = to_float(torch.from_numpy(some)).to(world.device)
-            prompts = [self.prompts[label] for label in asked.tolist()]
-            row = {name: score(reward, x, prompts) for name, reward in self.rewards.items()}
-            if self.judge is not None:
-                log_prob = self.judge(x).log_softmax(1)
-                row["accuracy"] = (log_prob.argmax(1) == asked).float()
-                row["judge"] = log_prob.gather(1, asked[:, None])[:, 0]
-            if self.network is not None:
-                row["features"] = self.network(np.ascontiguousarray(some)).pooled.to(world.device)
-            parts.append(row | per_image(x))
+        slices = [slice(start, start + batch) for start in range(0, share, batch)]
+        parts = [self.row(images[some], labels[some]) for some in slices]
         whole = {name: world.gather_rows(torch.cat([part[name] for part in parts])) for name in parts[0]}
         return {name: value[: config.eval_images].cpu() for name, value in whole.items()}
 
+    @torch.no_grad()
+    def row(self, images: np.ndarray, asked: Tensor) -> dict[str, Tensor]:
+        """What is measured of each of some images, uint8 NHWC, of the classes (B,) asked for: (B, ...)."""
+        x = to_float(torch.from_numpy(images)).to(asked.device)
+        prompts = [self.prompts[label] for label in asked.tolist()]
+        row = {name: score(reward, x, prompts) for name, reward in self.rewards.items()}
+        if self.judge is not None:
+            labels = self.judge.labels(prompts, asked.device)  # the judge may number its classes otherwise
+            log_prob = self.judge.classifier(x).log_softmax(1)
+            row["accuracy"] = (log_prob.argmax(1) == labels).float()
+            row["judge"] = log_prob.gather(1, labels[:, None])[:, 0]
+        if self.network is not None:
+            row["features"] = self.network(np.ascontiguousarray(images)).pooled.to(asked.device)
+        return row | per_image(x)
+
     def look(self, model: Pipeline, seed: int = 0) -> dict[str, float]:
         """Every held-out number of the model on one set of images; the same on all processes."""
-        rows = self.rows(model, seed)
-        features = rows.pop("features", None)
-        numbers = {f"{name}_heldout": value for name, value in summary(rows).items()}
-        values = self.world.means(numbers)
-        if features is not None and self.reference is not None:
-            values |= self.distances(features, self.reference)
-        return values
+        return self.numbers(self.rows(model, seed))
+
+    def numbers(self, rows: Mapping[str, Tensor]) -> dict[str, float]:
+        """`look`, of what `rows` measured."""
+        numbers = summary({name: value for name, value in rows.items() if name != "features"})
+        if "features" in rows and self.reference is not None:
+            distances = self.distances(rows["features"], self.reference)
+            numbers |= {name: torch.tensor(value) for name, value in distances.items()}
+        return self.world.means({f"{name}_heldout": value for name, value in numbers.items()})
 
     def distances(self, features: Tensor, reference: Reference) -> dict[str, float]:
         """FID, KID, precision and recall of features (N, F)."""
@@ -176,48 +205,65 @@ class Monitor:
             key = generator(self.config.seed, 0x41D)
             values["kid"] = kernel_distance(features, real, key, subsets)[0]
             values["precision"], values["recall"] = precision_recall(features, real, NEIGHBOURS)
-        return {f"{name}_heldout": value for name, value in values.items()}
+        return values
 
     def ranges(self, student: Pipeline, first: Mapping[str, float]) -> Ranges:
-        """Mean and spread of every number over `range_seeds` sets of images of the starting student.
+        """Centre and spread of every number of the starting student.
 
-        Spread: standard deviation over the sets, at least 2 % of the mean, and 0.001 where values are shares.
+        Centre: on the first set of images, whose noise all later looks share. Spread: standard deviation over
+        `range_seeds` sets, at least 2 % of the centre, for rewards and the judge at least the standard error of a mean
+        over a set, and 0.001 where values are shares.
 
         Args:
             first: `look` of the first set.
         """
-        looks = [first, *(self.look(student, seed) for seed in range(1, self.config.range_seeds))]
+        sets = [self.rows(student, seed) for seed in range(1, self.config.range_seeds)]
+        looks, scored = [first, *(self.numbers(rows) for rows in sets)], (*self.rewards, "judge", "accuracy")
         found = {}
-        for name in first:
-            values = [look[name] for look in looks]
-            mean = statistics.fmean(values)
-            least = 0.001 if name.removesuffix("_heldout") in SHARES else 1e-6
-            found[name] = [mean, max(statistics.stdev(values), 0.02 * abs(mean), least)]
+        for name, centre in first.items():
+            kind = name.removesuffix("_heldout")
+            least = 0.001 if kind in SHARES else 1e-6
+            if kind in scored and len(sets[0][kind]) > 1:
+                least = float(sets[0][kind].std()) / len(sets[0][kind]) ** 0.5
+            found[name] = [centre, max(statistics.stdev(look[name] for look in looks), 0.02 * abs(centre), least)]
         return found
 
     def alarms(self, values: Mapping[str, float], ranges: Ranges) -> dict[str, float]:
-        """The numbers that left their range, by how many spreads; the better side of one that has any is no alarm."""
+        """The numbers that left their range, by how many spreads; the better side of one that has any is no alarm.
+
+        One that is not a number always is.
+        """
         found = {}
         for name, value in values.items():
-            mean, spread = ranges[name]
-            distance = (value - mean) / spread
+            centre, spread = ranges[name]
+            distance = (value - centre) / spread
             kind = name.removesuffix("_heldout")
             worse = distance if kind in ("fid", "kid") else -distance
-            if kind in (*SHARES, "entropy"):
+            if kind in STATISTICS:
                 worse = abs(distance)
-            if worse > self.config.range_width:
+            if not worse <= self.config.range_width:
                 found[name] = distance
         return found
 
     def collapsed(self, alarms: Mapping[str, float]) -> bool:
-        """Whether these are too many. Image statistics alone may be what the reward asks for."""
-        quality = [name for name in alarms if name.removesuffix("_heldout") not in (*SHARES, "entropy")]
-        return bool(quality) and 0 < self.config.collapse <= len(alarms)
+        """Whether these are too many.
+
+        Image statistics alone may be what the reward asks for: they count where nothing else is watched and all six
+        raise an alarm.
+        """
+        quality = [name for name in alarms if name.removesuffix("_heldout") not in STATISTICS]
+        enough = bool(quality) or (not self.independent and len(alarms) == len(STATISTICS))
+        return enough and 0 < self.config.collapse <= len(alarms)
+
+    @property
+    def independent(self) -> bool:
+        """Whether anything is watched that the reward does not optimise, other than image statistics."""
+        return self.judge is not None or self.network is not None or len(self.rewards) > 1
 
     def limits(self, name: str, ranges: Ranges) -> tuple[float, float]:
         """Both ends of a number's range."""
-        mean, spread = ranges[name]
-        return mean - self.config.range_width * spread, mean + self.config.range_width * spread
+        centre, spread = ranges[name]
+        return centre - self.config.range_width * spread, centre + self.config.range_width * spread
 
     def stated(self, ranges: Ranges) -> dict[str, float]:
         """All ranges, for the log."""

@@ -38,10 +38,11 @@ def reward_loss(rewards: Tensor, ceiling: float | None = None) -> Tensor:
     return -hinge(rewards, ceiling)
 
 
-def group_advantages(rewards: Tensor, group_size: int, eps: float = 1e-6) -> Tensor:
-    """(r - mean) / (std + eps) within each run of ``group_size`` consecutive images (GRPO, Shao et al. 2024).
+def group_advantages(rewards: Tensor, group_size: int) -> Tensor:
+    """(r - mean) / std within each run of ``group_size`` consecutive images (GRPO, Shao et al. 2024).
 
-    A group shares class and unmasking order. A group whose rewards are all equal gets zeros.
+    A group shares class, unmasking order and the student's noise, and differs in exploration alone; otherwise its
+    advantages would mostly rank the luck of the noise. Sharing the noise too is ours. `dead_groups` get zeros.
 
     Raises:
         ValueError: the batch is not a multiple of ``group_size``, or ``group_size`` < 2.
@@ -50,7 +51,14 @@ def group_advantages(rewards: Tensor, group_size: int, eps: float = 1e-6) -> Ten
         raise ValueError(f"a batch of {len(rewards)} images does not divide into groups of {group_size} (>= 2)")
     groups = rewards.reshape(-1, group_size)
     centred = groups - groups.mean(1, keepdim=True)
-    return (centred / (groups.std(1, keepdim=True) + eps)).flatten()
+    scaled = centred / groups.std(1, keepdim=True)
+    return scaled.masked_fill(dead_groups(rewards, group_size)[:, None], 0).flatten()
+
+
+def dead_groups(rewards: Tensor, group_size: int) -> Tensor:
+    """Which groups differ by rounding alone, std <= 1e-5 max(1, |mean|), and teach nothing: (groups,), bool."""
+    groups = rewards.reshape(-1, group_size)
+    return groups.std(1) <= 1e-5 * groups.mean(1).abs().clamp(min=1)
 
 
 def gaussian_log_prob(x: Tensor, mean: Tensor, std: float) -> Tensor:

@@ -202,6 +202,21 @@ def _import_function(spec: str) -> Callable[..., Any]:
     return function
 
 
+def summands(spec: str) -> list[tuple[float, str]]:
+    """Weights and rewards of a sum; none of another reward."""
+    if not re.match(rf"\s*{_NUMBER}\s*\*", spec):
+        return []
+    parts = (part.split("*", 1) for part in re.split(rf"\s\+\s+(?={_NUMBER}\s*\*)", spec))
+    return [(float(weight), part.strip()) for weight, part in parts]
+
+
+def code_files(spec: str) -> list[Path]:
+    """The Python files that a reward is made of."""
+    parts = [part for _, part in summands(spec)] or [spec]
+    functions = (part.removeprefix("verifiable:").removeprefix("exact-match:") for part in parts)
+    return [Path(function.rpartition(":")[0]) for function in functions if ".py:" in function]
+
+
 def load_reward(
     spec: str, *, classifier: str, class_names: Sequence[str], template: str, device: torch.device | str
 ) -> Reward:
@@ -228,13 +243,12 @@ def load_reward(
         ValueError: unknown name, no such file or function, a classifier of other classes, or no whole model; names
             the part of a sum.
     """
-    if re.match(rf"\s*{_NUMBER}\s*\*", spec):
-        parts = [part.split("*", 1) for part in re.split(rf"\s\+\s+(?={_NUMBER}\s*\*)", spec)]
+    if parts := summands(spec):
         rewards = [
-            load_reward(part.strip(), classifier=classifier, class_names=class_names, template=template, device=device)
+            load_reward(part, classifier=classifier, class_names=class_names, template=template, device=device)
             for _, part in parts
         ]
-        return WeightedSum(rewards, [float(weight) for weight, _ in parts])
+        return WeightedSum(rewards, [weight for weight, _ in parts])
     try:
         reward = _load_one(spec, classifier, class_names, template, device)
     except ValueError as error:
@@ -262,7 +276,12 @@ def _load_one(
         if not source:
             form = next(form for form in KNOWN.split(", ") if form.startswith(f"{kind}:"))
             raise ValueError(f"reward {spec!r} needs a model: give {form}")
-        return models[kind]()
+        reward = models[kind]()
+        if isinstance(reward, ClipScore | PickScore):
+            reward.clip.texts(prompts)  # kept there; one that is too long is refused now
+        elif isinstance(reward, ImageRewardScore):
+            reward.network.tokens(prompts)
+        return reward
     built_in = {"classifier": ClassifierLogProb, "reads-class": ReadsClass}.get(spec)
     if built_in is None:
         if ":" not in spec:
@@ -338,8 +357,12 @@ def check_reward(reward: Reward, images: Tensor, prompts: list[str]) -> Tensor:
 
     Raises:
         ValueError: as `score`, or a reward that calls itself differentiable has no gradient in the images, one that is
-            zero everywhere (a constant, a rounded value), or one that is not finite.
+            zero everywhere (a constant, a rounded value), or one that is not finite. Of a sum, each part is tried.
     """
+    if isinstance(reward, WeightedSum):
+        for part in reward.rewards:
+            check_reward(part, images, prompts)
+        return score(reward, images, prompts).detach()
     images = images.detach().requires_grad_(reward.differentiable)
     with torch.enable_grad():
         rewards = score(reward, images, prompts)

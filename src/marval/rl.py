@@ -30,21 +30,35 @@ from marval.matching import (
 )
 from marval.models.lora import adapt
 from marval.models.mar import MAR
-from marval.monitor import Monitor, image_statistics
+from marval.monitor import PROBE, Monitor, class_in_turn, image_statistics
 from marval.pipeline import Pipeline
-from marval.rewards import WeightedSum, calibrate, check_reward, class_prompts, load_reward
+from marval.rewards import RewardError, WeightedSum, calibrate, check_reward, class_prompts, code_files, load_reward
 from marval.run import Run, Update, add_weighted, autocast, prepare
 from marval.tokenizers import to_float
 from marval.train import save_sample_grid
 
-PROBE = 8
-"""Images on which the reward is tried before anything else happens."""
 CALIBRATION = 200
 """Images on which the parts of a weighted sum get mean 0 and deviation 1."""
 
 
 def rl(config: RLConfig, student_folder: Path, out: Path, resume: bool = False) -> Pipeline:
-    """Run `marval rl`: returns the averaged model with the best held-out score, which is also saved in ``out``."""
+    """Run `marval rl`: returns the averaged model with the best held-out score, which is also saved in ``out``.
+
+    Raises:
+        RewardError, FloatingPointError: the reward or an update failed; says where the best model so far lies.
+    """
+    best: dict[str, Any] = {"score": -float("inf"), "step": 0, "misses": 0, "collapsed": 0, "weights": None}
+    best |= {"ranges": {}, "stop": "", "units": None}
+    try:
+        return align(config, student_folder, out, resume, best)
+    except (RewardError, FloatingPointError) as error:
+        if best["weights"] is None:
+            raise
+        raise type(error)(f"{error}; the best model so far, of update {best['step']}, is in {out}") from error
+
+
+def align(config: RLConfig, student_folder: Path, out: Path, resume: bool, best: dict[str, Any]) -> Pipeline:
+    """`rl`. What it knows of the best model is in ``best``."""
     world = connect(config.device, config.shard)
     group = config.group_size if config.algorithm == "group" else 1
     parts = world.parts(config.batch, config.accumulate, group)
@@ -67,7 +81,7 @@ def rl(config: RLConfig, student_folder: Path, out: Path, resume: bool = False) 
 
     def drawn(count: int) -> tuple[Tensor, list[str]]:
         """Images of the starting student, classes in turn, and their prompts; the same on all processes."""
-        asked = [i % num_classes for i in range(count)]
+        asked = [class_in_turn(i, count, num_classes) for i in range(count)]
         images = to_float(torch.from_numpy(model.sample(asked, seed=config.seed))).to(world.device)
         return images, [prompts[label] for label in asked]
 
@@ -76,6 +90,8 @@ def rl(config: RLConfig, student_folder: Path, out: Path, resume: bool = False) 
         raise ValueError(f"reward {config.reward!r} is not differentiable: use --algorithm group")
     if isinstance(reward, WeightedSum):
         reward = calibrate(reward, *drawn(CALIBRATION))
+        assert isinstance(reward, WeightedSum)
+        best["units"] = [reward.means, reward.stds]
     monitor = Monitor.make(config, model, reward, world)
 
     blank = template(student)
@@ -106,10 +122,15 @@ def rl(config: RLConfig, student_folder: Path, out: Path, resume: bool = False) 
     algorithms = {"gradient": RewardGradient, "group": GroupGradient}
     algorithm = algorithms[config.algorithm](model, reward, config, base.network)
     folders = {"student": str(student_folder), "classifier": config.classifier, "judge": config.judge}
-    run = Run(out, "rl", config, resume, world, {name: Path(path) for name, path in folders.items() if path})
-    best: dict[str, Any] = {"score": -float("inf"), "step": 0, "misses": 0, "collapsed": 0, "weights": None}
-    best |= {"ranges": {}, "stop": ""}
+    inputs = {name: Path(path) for name, path in folders.items() if path}
+    code = [file for spec in (config.reward, *config.held_out.split(",")) for file in code_files(spec.strip())]
+    run = Run(out, "rl", config, resume, world, inputs | {f"code of {file.name}": file for file in code})
     start = run.restore(stateful, best)
+    if isinstance(reward, WeightedSum):
+        reward.means, reward.stds = best["units"]
+    if world.is_main and not monitor.independent:
+        what = "nothing is watched that the reward does not optimise: hacking shows in image statistics alone"
+        print(f"marval: warning: {what}; add --held-out, --judge or --features", file=sys.stderr, flush=True)
 
     def averaged() -> Pipeline:
         provenance = base.provenance | {"verb": "rl", "reward": config.reward, "best_update": best["step"]}
@@ -141,16 +162,21 @@ def rl(config: RLConfig, student_folder: Path, out: Path, resume: bool = False) 
         stated = monitor.stated(best["ranges"]) if step == 0 else {}
         run.log(step, **values, alarms=len(alarms), **{f"alarm_{name}": far for name, far in alarms.items()}, **stated)
         score = monitor.score(values)
-        collapsed = config.patience > 0 and monitor.collapsed(alarms)
+        collapsed = monitor.collapsed(alarms)
         if score > best["score"] and not collapsed:
             weights = {name: v.cpu().clone() for name, v in own_part_of(candidate.network).state_dict().items()}
             best.update(score=score, step=step, misses=0, weights=weights)
+            candidate.provenance["best_update"] = step
+            if world.is_main:
+                candidate.save(out)  # at once: a run that dies leaves it
         else:
             best["misses"] += 1
         best["collapsed"] = best["collapsed"] + 1 if collapsed else 0
-        if step > 0 and config.target is not None and values["reward_heldout"] >= config.target:
-            best["stop"] = f"held-out reward {values['reward_heldout']:.4g} has reached the target {config.target:g}"
-        elif collapsed and best["collapsed"] >= config.patience:
+        reached = config.target is not None and values["reward_heldout"] >= config.target
+        if step > 0 and reached and not collapsed:
+            what = f"held-out reward {values['reward_heldout']:.4g} has reached the target {config.target:g}"
+            best["stop"] = f"{what}; best is update {best['step']}"
+        elif 0 < config.patience <= best["collapsed"]:
             best["stop"] = f"collapsed: {len(alarms)} alarms ({', '.join(alarms)}); best is update {best['step']}"
         elif 0 < config.patience <= best["misses"]:
             best["stop"] = f"no better held-out score since update {best['step']}"
@@ -161,6 +187,7 @@ def rl(config: RLConfig, student_folder: Path, out: Path, resume: bool = False) 
     done = start
     for step in progress:
         if best["stop"]:  # a resumed run that had stopped
+            progress.stop(f"stopped: {best['stop']}")
             break
         # ---- draw: the numbers of the whole batch; each part takes its rows
         g = rng.generator(config.seed, 5, step, device=world.device)
@@ -170,8 +197,8 @@ def rl(config: RLConfig, student_folder: Path, out: Path, resume: bool = False) 
         orders = torch.rand(count, length, generator=g, device=world.device).argsort(dim=1)
         low, high = guidance_range or (base.student.guidance,) * 2
         w = low + (high - low) * torch.rand(count, 1, generator=g, device=world.device)
-        labels, orders, w = (x.repeat_interleave(group, dim=0) for x in (labels, orders, w))
         z, exploration = torch.randn(2, config.batch, length, dim, generator=g, device=world.device)
+        labels, orders, w, z = (x.repeat_interleave(group, dim=0) for x in (labels, orders, w, z[::group]))
         masked_count = masking.inference_masked_count(length, config.ar_steps, float(torch.rand((), generator=host)))
         grad_steps = policy.gradient_steps(config.ar_steps, config.grad_ar_steps, config.grad_ar_choice, host)
         batch = Batch(labels, [prompts[i] for i in labels.tolist()], orders, z, w, exploration, grad_steps)
@@ -228,6 +255,9 @@ def rl(config: RLConfig, student_folder: Path, out: Path, resume: bool = False) 
         if run.is_due(config.log_every, done):
             row = run.log(done, **world.means(watched), grad_norm=grad_norm)
             progress.show({name: row[name] for name in ("reward", "grad_norm", "clipped")})
+            if row.get("dead_groups", 0) > 0.999 and world.is_main:
+                what = "the rewards of every group are equal, so nothing is learned from them"
+                tqdm.write(f"WARNING update {done}: {what}; look at the reward, --std and --hinge", file=sys.stderr)
         if run.is_due(config.eval_every, done):
             evaluate(done)
         stop = bool(best["stop"])

@@ -91,8 +91,8 @@ class Run:
 
     Args:
         verb: train, distill or rl.
-        inputs: model folders that the run starts from, by the name of their flag: a resume must find the same weights,
-            wherever they lie.
+        inputs: model folders and files that the run starts from, by the name of their flag: a resume must find the
+            same weights or code, wherever they lie.
 
     Raises:
         ValueError: the folder holds another run, or a run and ``resume`` was not asked for; or it is not writable.
@@ -105,7 +105,7 @@ class Run:
         self.metrics_file = out / "metrics.jsonl"
         settings = json.loads(json.dumps(to_dict(config)))
         for name, folder in (inputs or {}).items():
-            with open(folder / "model.safetensors", "rb") as file:
+            with open(folder if folder.is_file() else folder / "model.safetensors", "rb") as file:
                 settings[name] = f"sha256 {hashlib.file_digest(file, 'sha256').hexdigest()[:16]}"
         self.settings = settings
         if resume and (out / "meta.json").exists():

@@ -156,15 +156,20 @@ class ImageReward(nn.Module):
         """
         return preprocess(images, self.size, self.size, self.mean, self.std)
 
+    def tokens(self, prompts: list[str]) -> Any:
+        """What the text model reads; ValueError if a prompt is longer than ImageReward was trained on."""
+        tokens = self.tokenizer(prompts, padding=True, return_tensors="pt")
+        if tokens["input_ids"].shape[1] > MAX_TOKENS:
+            raise ValueError(f"the prompt {max(prompts, key=len)!r} is longer than the {MAX_TOKENS} tokens it reads")
+        return tokens
+
     def forward(self, images: Tensor, prompts: list[str]) -> Tensor:
         """Float NCHW in [0, 1] and their prompts -> ImageReward (B,), about -2 to 2, differentiable in the images.
 
         Raises:
-            ValueError: a prompt is longer than ImageReward was trained on.
+            ValueError: as `tokens`.
         """
-        tokens = self.tokenizer(prompts, padding=True, return_tensors="pt").to(images.device)
-        if tokens["input_ids"].shape[1] > MAX_TOKENS:
-            raise ValueError(f"the prompt {max(prompts, key=len)!r} is longer than the {MAX_TOKENS} tokens it reads")
+        tokens = self.tokens(prompts).to(images.device)
         seen = self.vision(pixel_values=self.preprocess(images)).last_hidden_state
         read = self.text(
             input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"], encoder_hidden_states=seen,
