@@ -36,7 +36,7 @@ def diffusion_chain(
 
     It embeds the timesteps once: after an update of the head make a new one.
     """
-    time_embeddings = head.embed_time(schedule.timesteps.to(noise.device))
+    embedded_times: list[Tensor] = []  # at the first draw: a sharded network must have run as a whole before
 
     def draw(condition: Tensor, null: Tensor | None, z: Tensor, w: float | Tensor) -> Tensor:
         guided = null is not None
@@ -54,7 +54,9 @@ def diffusion_chain(
             steps = None if noises is None else iter(noises.unbind(1))
             return diffusion.denoise_chain(network, z, schedule, steps, temperature, clamp)
 
-        inputs = [condition if null is None else torch.cat([condition, null]), z, time_embeddings, as_tensor(w, z)]
+        if not embedded_times:
+            embedded_times.append(head.embed_time(schedule.timesteps.to(noise.device)))
+        inputs = [condition if null is None else torch.cat([condition, null]), z, *embedded_times, as_tensor(w, z)]
         if solver == "ancestral":
             inputs.append(noise.randn(len(schedule), *z.shape[1:]))
         return call(("chain", guided, temperature), chain, *inputs)
@@ -71,7 +73,7 @@ def one_evaluation(
     In inference mode the timestep is embedded once.
     """
     t = torch.full((), t_init, device=head.input_proj.weight.device)
-    embedded_time = [head.embed_time(t)] if torch.is_inference_mode_enabled() else []
+    embedded_time: list[Tensor] = []  # at the first draw: a sharded network must have run as a whole before
 
     def draw(condition: Tensor, null: Tensor | None, z: Tensor, w: float | Tensor) -> Tensor:
         def evaluate(
@@ -81,6 +83,8 @@ def one_evaluation(
             x = gsim.one_step(lambda x: head.denoise(x, embedded).chunk(2, -1)[0], temperature * z, schedule, t_init)
             return x if clamp is None else x.clamp(*clamp)
 
+        if torch.is_inference_mode_enabled() and not embedded_time:
+            embedded_time.append(head.embed_time(t))
         return call(("student", temperature), evaluate, condition, z, as_tensor(w, z), t, *embedded_time)
 
     return draw
