@@ -5,8 +5,10 @@
     python benchmarks/rl_study.py page                            # docs/rl.md from the committed results
 
 ``runs/quickstart`` stands for any folder with teacher, student, classifier and judge. Results are added to
-benchmarks/results/rl_study.json, one row per run, as soon as they are there. All numbers of a run are those of its
-held-out evaluations, before the first update and after the last; nothing is chosen by them but where a row says so.
+benchmarks/results/rl_study.json, one row per run, as soon as they are there. A run keeps the model of its evaluations
+that its own reward likes best, or what a row says; numbers and pictures are of that model, on images that chose
+nothing. The same images measure the student and its best of n. Seeds vary RL alone: teacher, student, classifier and
+judge are given.
 """
 
 import argparse
@@ -40,7 +42,7 @@ from marval.distributed import World
 from marval.draw import sample_in_turn
 from marval.monitor import Monitor
 from marval.pipeline import Pipeline
-from marval.rewards import load_reward
+from marval.rewards import Reward, class_prompts, load_reward
 from marval.rng import ImageNoise, generator
 from marval.run import versions
 from marval.tokenizers import to_float
@@ -101,6 +103,8 @@ ANCHORS: dict[str, dict[str, Any]] = {
     "adapters of rank 4": {"anchor": 0.0, "trained": "lora", "lora_rank": 4},
     "2 random AR steps": {"anchor": 0.0, "grad_ar_steps": 2, "grad_ar_choice": "random"},
 }
+STOPS = {"judge": "none, kept by the judge", "fid": "none, kept by FID"}
+"""Scores that choose among the evaluations of a run without anchor, other than its own reward."""
 INK = ("none", "GSIM 1", "KL 0.003")
 """The anchors tried on the reward that wants white squares."""
 
@@ -150,34 +154,57 @@ class Bench:
             print(f"{key}: {self.results['rows'][key]['seconds']} s", flush=True)
 
     def config(self, **changes: Any) -> RLConfig:
-        """Watched alike in every run: judge and its features against the real images."""
+        """Watched alike in every run: judge and its features against the real images, and, where it is not trained
+        on, the classifier's log-probability. No model is too bad to be kept: hacking is to be seen."""
         study, folder = self.study, self.run_folder
         lr = changes.pop("lr", study.lr)
-        watched = "reads-class" if changes.get("reward", "classifier") == "classifier" else "classifier"
+        watched = "" if changes.get("reward", "classifier") == "classifier" else "classifier"
         given = {
             "steps": study.updates, "batch": study.batch, "ar_steps": study.ar_steps, "ema": 0.9, "log_every": 5,
             "save_every": 10_000, "sample_every": 0, "eval_every": max(1, study.updates // 4), "range_seeds": 3,
-            "eval_images": study.images, "patience": 0, "checkpoint_ar_steps": False, "select": "reward",
+            "eval_images": study.images, "patience": 0, "collapse": 0, "checkpoint_ar_steps": False, "select": "reward",
             "classifier": str(folder / "classifier"), "judge": str(folder / "judge"), "reference": study.data,
             "held_out": watched, "gsim": GSIMConfig(lr=lr, auxiliary_lr=2 * lr),
         }  # fmt: skip
         return RLConfig(**(given | changes))
 
+    def reward(self, spec: str = "classifier") -> Reward:
+        """By name, as a run loads it."""
+        return load_reward(
+            spec, classifier=str(self.run_folder / "classifier"), class_names=self.student.class_names,
+            template=self.config().prompt, device="cpu",
+        )  # fmt: skip
+
+    def measure(self, model: Any, config: RLConfig) -> dict[str, Any]:
+        """What is `SHOWN` of a model, on images that no run has looked at."""
+        monitor = Monitor.make(config, self.student, self.reward(config.reward), World(0, 1, torch.device("cpu")))
+        values = monitor.look(model, config.range_seeds + 1)
+        shown: dict[str, Any] = {name: values.get(f"{name}_heldout") for name in SHOWN}
+        return shown | {"log_prob": values.get("classifier_heldout", shown["reward"])}
+
     def align(self, key: str, seed: int, pictured: bool = False, **changes: Any) -> None:
-        """One run: its held-out evaluations, in order."""
+        """One run: its held-out evaluations, in order, and the numbers of the model that it kept."""
 
         def work() -> dict[str, Any]:
+            config, start = self.config(seed=seed, **changes), time.perf_counter()
             with tempfile.TemporaryDirectory() as folder:
                 out = Path(folder) / "run"
-                model = marval.rl.rl(self.config(seed=seed, **changes), self.run_folder / "student", out)
+                model = marval.rl.rl(config, self.run_folder / "student", out)
                 lines = (out / "metrics.jsonl").read_text().splitlines()
-            rows = [read_line(line) for line in lines]
+            seconds, rows = time.perf_counter() - start, [read_line(line) for line in lines]
             if pictured and seed == self.seeds[0]:
                 self.results["pictures"][key] = picture(model)
             curve = [row | {"log_prob": row.get("classifier", row["reward"])} for row in rows if "alarms" in row]
-            return {"curve": [{name: row.get(name) for name in ("step", *SHOWN)} for row in curve]}
+            kept = self.measure(model, config) | {"alarms": alarms_of(curve, model.provenance["best_update"])}
+            shown = [{name: row.get(name) for name in ("step", *SHOWN)} for row in curve]
+            return {"curve": shown, "kept": kept, "run_seconds": round(seconds, 2)}
 
         self.once(f"{key}/{seed}", work)
+
+    def start(self) -> None:
+        """The student's own numbers."""
+        for seed in self.seeds:
+            self.once(f"student/{seed}", lambda seed=seed: self.measure(self.student, self.config(seed=seed)))
 
     # ---- stages
 
@@ -185,6 +212,7 @@ class Bench:
         """Differentiable and black box, gently, with the default anchor."""
         if "student" not in self.results["pictures"]:
             self.results["pictures"]["student"] = picture(self.student)
+        self.start()
         for seed in self.seeds:
             self.align("algorithms/gradient, log-probability", seed, pictured=True)
             group: dict[str, Any] = {"algorithm": "group", "lr": 3 * self.study.lr}
@@ -193,7 +221,10 @@ class Bench:
 
     def anchors(self) -> None:
         """Under pressure, each anchor alone."""
+        self.start()
         for seed in self.seeds:
+            for select, name in STOPS.items():
+                self.align(f"anchors/{name}", seed, lr=self.study.pressure, select=select, **NONE)
             for name, changes in ANCHORS.items():
                 pictured = name in ("none", "GSIM 1")
                 self.align(f"anchors/{name}", seed, pictured, lr=self.study.pressure, **changes)
@@ -202,11 +233,15 @@ class Bench:
                 self.align(f"anchors/ink, {name}", seed, True, reward=reward, lr=self.study.pressure, **ANCHORS[name])
 
     def intermediates(self) -> None:
-        """Rewards of whole images against rewards of what one AR step makes of all tokens."""
+        """Rewards of whole images against rewards of what one AR step makes of all tokens.
+
+        The control has the gradient of the latter, through one random AR step, and the reward of the former.
+        """
+        single: dict[str, Any] = {"grad_ar_steps": 1, "grad_ar_choice": "random", "lr": self.study.pressure}
         for seed in self.seeds:
             for name, anchor in (("none", NONE), ("GSIM 1", GSIM)):
+                self.align(f"intermediates/one gradient step, anchor {name}", seed, **single, **anchor)
                 with patch.object(marval.rl, "RewardGradient", SingleStep):
-                    single: dict[str, Any] = {"grad_ar_steps": 1, "grad_ar_choice": "random", "lr": self.study.pressure}
                     self.align(f"intermediates/one AR step, anchor {name}", seed, **single, **anchor)
 
     def agreement(self) -> None:
@@ -218,41 +253,35 @@ class Bench:
             self.align("agreement/group", seed, **group, steps=2 * self.study.updates)
 
     def best_of_n(self) -> None:
-        """The student's best of n by the same reward, on the seeds of the runs' evaluations."""
-        reward = load_reward(
-            "classifier", classifier=str(self.run_folder / "classifier"), class_names=self.student.class_names,
-            template=self.config().prompt, device="cpu",
-        )  # fmt: skip
+        """The student's best of n by the same reward. Its first image is the one by which the student is measured; the
+        others have seeds of their own."""
+        reward, prompts = self.reward(), class_prompts(self.config().prompt, self.student.class_names)
 
         class Chosen:
             """Looks to a monitor like a model, and draws the best of n images by the reward."""
 
-            def __init__(self, student: Pipeline, n: int, prompts: list[str]):
-                self.student, self.n, self.prompts, self.class_names = student, n, prompts, student.class_names
+            def __init__(self, student: Pipeline, n: int):
+                self.student, self.n, self.class_names, self.seconds = student, n, student.class_names, 0.0
 
             def sample(self, labels: list[int], **options: Any) -> np.ndarray:
-                seed = options.pop("seed")
+                seed, start = options.pop("seed"), time.perf_counter()
                 drawn, scores = [], []
                 for i in range(self.n):
-                    drawn.append(self.student.sample(labels, seed=seed + 1000 * (i + 1), **options))
+                    drawn.append(self.student.sample(labels, seed=seed + 1000 * i, **options))
                     with torch.no_grad():
                         x = to_float(torch.from_numpy(drawn[-1]))
-                        scores.append(reward(x, [self.prompts[label] for label in labels]))
+                        scores.append(reward(x, [prompts[label] for label in labels]))
                 best = torch.stack(scores).argmax(0)
+                self.seconds += time.perf_counter() - start
                 return np.stack(drawn)[best.numpy(), np.arange(len(labels))]
 
         for seed in self.seeds:
-            monitor = Monitor.make(self.config(seed=seed), self.student, reward, World(0, 1, torch.device("cpu")))
             for n in (1, 2, 4, 8, 16):
 
-                def work(monitor: Monitor = monitor, n: int = n) -> dict[str, Any]:
-                    chosen: Any = Chosen(self.student, n, monitor.prompts)
-                    start = time.perf_counter()
-                    values = monitor.look(chosen)
-                    seconds = (time.perf_counter() - start) / self.study.images
-                    shown: dict[str, Any] = {name: values.get(f"{name}_heldout") for name in SHOWN}
-                    shown |= {"log_prob": shown["reward"]}
-                    return {"values": shown, "seconds_per_image": seconds}
+                def work(n: int = n, seed: int = seed) -> dict[str, Any]:
+                    chosen = Chosen(self.student, n)
+                    values = self.measure(chosen, self.config(seed=seed))
+                    return {"values": values, "seconds_per_image": chosen.seconds / self.study.images}
 
                 self.once(f"best of n/{n}/{seed}", work)
 
@@ -267,12 +296,8 @@ class Bench:
 
     def cost_of_update(self, model: Pipeline, batch: int, recompute: bool) -> dict[str, Any]:
         """Seconds and bytes of rollout, reward, gradient of the head and Adam's step."""
-        steps, length = self.study.ar_steps, model.network.config.num_tokens
-        reward = load_reward(
-            "classifier", classifier=str(self.run_folder / "classifier"), class_names=model.class_names,
-            template=self.config().prompt, device="cpu",
-        )  # fmt: skip
-        prompts = [self.config().prompt.replace("{class}", name) for name in model.class_names]
+        steps, length, reward = self.study.ar_steps, model.network.config.num_tokens, self.reward()
+        prompts = class_prompts(self.config().prompt, model.class_names)
         head, counts = model.network.head, masking.masked_counts(length, steps)
         model.network.requires_grad_(False)
         head.requires_grad_(True)
@@ -351,6 +376,11 @@ def read_line(line: str) -> dict[str, Any]:
     return {name.removesuffix("_heldout") if "alarms" in line else name: v for name, v in json.loads(line).items()}
 
 
+def alarms_of(curve: Sequence[dict[str, Any]], step: int) -> float:
+    """Alarms of the evaluation after an update."""
+    return next(row["alarms"] for row in curve if row["step"] == step)
+
+
 def picture(model: Pipeline) -> str:
     """Three images of each of up to ten classes, the same seeds for all models: a PNG as base64."""
     count = min(10, len(model.class_names))
@@ -400,12 +430,11 @@ def results_table(rows: dict[str, Any]) -> list[str]:
     keys = [key for key in unique(rows) if key.startswith("algorithms/")]
     if not keys:
         return []
-    start = [row["curve"][0] for row in of(rows, keys[0])]
-    lines = [["student", *numbers(start), ""]]
+    lines = [["student", *numbers(of(rows, "student")), ""]]
     for key in keys:
         found = of(rows, key)
-        seconds = interval([row["seconds"] for row in found])
-        lines.append([key.partition("/")[2], *numbers([row["curve"][-1] for row in found]), seconds])
+        seconds = interval([row["run_seconds"] for row in found])
+        lines.append([key.partition("/")[2], *numbers([row["kept"] for row in found]), seconds])
     for key in (key for key in unique(rows) if key.startswith("best of n/")):
         found = of(rows, key)
         lines.append([f"best of {key.partition('/')[2]}", *numbers([row["values"] for row in found]), ""])
@@ -413,7 +442,7 @@ def results_table(rows: dict[str, Any]) -> list[str]:
     once = of(rows, "best of n/1")
     if once:
         drawn = statistics.fmean(row["seconds_per_image"] for row in once)
-        spent = statistics.fmean(row["seconds"] for row in of(rows, keys[0]))
+        spent = statistics.fmean(row["run_seconds"] for row in of(rows, keys[0]))
         text.append(
             f"The {spent:.0f} s of `{keys[0].partition('/')[2]}`, evaluations included, would draw and score "
             f"{spent / drawn:.0f} images of the student: at equal compute, for 5,000 images, RL competes with the best "
@@ -430,11 +459,8 @@ def anchors_table(rows: dict[str, Any]) -> list[str]:
     keys = [key for key in unique(rows) if key.startswith("anchors/")]
     if not keys:
         return []
-    lines = [["student", *numbers([row["curve"][0] for row in of(rows, keys[0])])]]
-    lines += [[key.partition("/")[2], *numbers([row["curve"][-1] for row in of(rows, key)])] for key in keys]
-    free = of(rows, "anchors/none")
-    for name, score in (("the judge", lambda row: row["judge"]), ("FID", lambda row: -row["fid"])):
-        lines.append([f"none, stopped early by {name}", *numbers([max(row["curve"], key=score) for row in free])])
+    lines = [["student", *numbers(of(rows, "student"))]]
+    lines += [[key.partition("/")[2], *numbers([row["kept"] for row in of(rows, key)])] for key in keys]
     return ["### Anchors", table(["anchor", *COLUMNS], lines)]
 
 
@@ -443,12 +469,17 @@ def intermediates_table(rows: dict[str, Any]) -> list[str]:
         f"{what}, anchor {name}": key
         for name in ("none", "GSIM 1")
         for what, key in (
-            ("whole images", f"anchors/{name}"), ("one AR step", f"intermediates/one AR step, anchor {name}"),
+            ("whole images", f"anchors/{name}"),
+            ("one gradient step", f"intermediates/one gradient step, anchor {name}"),
+            ("one AR step", f"intermediates/one AR step, anchor {name}"),
         )
     }  # fmt: skip
     if not all(of(rows, key) for key in pairs.values()):
         return []
-    text = ["### Rewards of whole images and of single AR steps"]
+    text = [
+        "### Rewards of whole images and of single AR steps",
+        "One gradient step: the reward of whole images, its gradient through one random AR step, as with one AR step.",
+    ]
     for value, title in (("reward", "Reward of whole images"), ("fid", "FID"), ("recall", "Recall, %")):
         lines = []
         for name, key in pairs.items():
@@ -482,7 +513,10 @@ def other_tables(rows: dict[str, Any]) -> list[str]:
             ratios = a["seconds_per_update"] / b["seconds_per_update"], a["bytes"] / b["bytes"]
             lines.append([f"ratio, {how}", *(f"{ratio:.1f}" for ratio in ratios)])
         row = costs["student, stored"]
-        title = f"One update of {row['batch']} images, K = {row['ar_steps']}; AR steps stored or recomputed."
+        title = (
+            f"One update of {row['batch']} images, K = {row['ar_steps']}; AR steps stored or recomputed. The teacher's "
+            "chain is DDIM's, of 100 evaluations: as many as the ancestral one has, and no noise to draw again."
+        )
         text += [
             "### The teacher's chain as the policy",
             title,
@@ -510,8 +544,12 @@ def write_page() -> None:
         parts = [
             f"Measured on {results['date']}, {about['device']}, {about['threads']} threads, PyTorch {about['torch']}: "
             f"{study['updates']} updates of {study['batch']} images, K = {study['ar_steps']}, {seeds} seeds with 95 % "
-            f"intervals, {study['images']} held-out images each, distances and accuracy by the judge. Learning rate "
-            f"{study['lr']:g} (group: 3 times that), under pressure {study['pressure']:g}.",
+            f"intervals, {study['images']} held-out images each, distances and accuracy by the judge, which no "
+            f"reward here is made of. Learning rate {study['lr']:g} (group: 3 times that), under pressure "
+            f"{study['pressure']:g}. A run keeps the evaluation that its reward likes best, or what its row says; "
+            "numbers and pictures are of that model, on images that chose nothing; alarms are those of its evaluation, "
+            "and numbers by update those of all evaluations. Seeds vary RL alone: teacher, student, classifier and "
+            "judge are the same.",
             *results_table(rows), *anchors_table(rows), *intermediates_table(rows), *other_tables(rows),
         ]  # fmt: skip
         if results["pictures"]:
