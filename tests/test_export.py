@@ -104,7 +104,7 @@ def test_the_card(run, model, tmp_path):
 def test_the_code_in_the_card_runs(run, model, tmp_path, monkeypatch):
     export(run, tmp_path / "ants")
     code = card(tmp_path / "ants")[1].split("```python\n")[1].split("```")[0]
-    assert len(code.splitlines()) == 4
+    assert len(code.splitlines()) == 5
     monkeypatch.chdir(tmp_path)
     names: dict[str, np.ndarray] = {}
     exec(code, names)

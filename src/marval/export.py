@@ -130,10 +130,10 @@ def model_card(pipeline: Pipeline, name: str, licence: str | None, table: str, r
     """
     about, names, tokenizer = pipeline.provenance, pipeline.class_names, pipeline.tokenizer
     draw = f"marval.load({json.dumps(name)}).sample(classes=[{json.dumps(names[0])}], seed=0)"
-    use = ["import marval", "from PIL import Image", f"images = {draw}  # uint8 NHWC"]
+    use = ["import marval", "from PIL import Image", "", f"images = {draw}  # uint8 NHWC"]
     use.append('Image.fromarray(images[0].squeeze()).save("image.png")')
     if not tokenizer.has_images:
-        use = ["import marval", f"tokens = {draw.replace('.sample(', '.sample_tokens(')}  # (B, L, D)"]
+        use = ["import marval", "", f"tokens = {draw.replace('.sample(', '.sample_tokens(')}  # (B, L, D)"]
     terms = [f"Weights: {licence or 'no licence stated'}."]
     if "data" in about:
         terms.append(f"Trained on {about['data']}; licence of the data: {about.get('data_licence') or 'not stated'}.")
