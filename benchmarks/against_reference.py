@@ -35,6 +35,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from marval import recipes
 from marval.bench import clocks, machine, median_and_spread, peak_memory, reset_peak
 from marval.checkpoint import write_json
 from marval.config import PRESETS, MARConfig, SamplingConfig, StudentConfig
@@ -51,6 +52,7 @@ SIZES = {
     "tiny": MARConfig(
         grid=4, num_classes=5, width=32, depth=2, heads=4, buffer_size=4, head_width=48, head_depth=2
     ),
+    **{name: recipes.sizes(name, recipes.TRAIN[name]()) for name in ("digits", "fashion-mnist")},
     **PRESETS,
 }  # fmt: skip
 STRIDE = 16

@@ -286,7 +286,7 @@ def planned(case: Case) -> tuple[Any, Any, MARConfig, StudentConfig | None]:
         return "train", dataclasses.replace(recipe, model=model, sampling=sampling, **data, **common), model, None
     if case.stage == "rl":
         own = {"reward": f"clip:{case.root / 'clip'}", "eval_images": case.batch, "patience": 0}
-        own["ar_steps"] = case.ar_steps
+        own |= {"ar_steps": case.ar_steps, "held_out": "", "select": "reward"}
         return "rl", dataclasses.replace(recipes.RL[case.recipe](), **own, **common), case.model, student
     own = {"trained": case.stage.split()[1], "ar_steps": case.ar_steps}
     return "distill", dataclasses.replace(recipes.DISTILL[case.recipe](), **own, **data, **common), case.model, None

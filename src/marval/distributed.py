@@ -9,22 +9,24 @@ import atexit
 import copy
 import os
 import socket
+import sys
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.distributed_c10d import PrefixStore
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.rendezvous import rendezvous
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from marval.watch import Watch
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 Network = TypeVar("Network", bound=nn.Module)
 _watch: Watch | None = None
@@ -113,6 +115,8 @@ class World:
         """
         if not self.sharded:
             return
+        from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+
         # FSDP2 fears in-place operations on outputs that are views; there are none here
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         mesh = init_device_mesh(self.device.type, (self.size,))
@@ -130,9 +134,15 @@ class World:
                     register_fsdp_forward_method(module, method)
 
 
+def is_sharded(tensor: Any) -> "TypeGuard[DTensor]":
+    """Whether a tensor is split over the processes. Its class takes 0.7 s to import; only `World.shard` needs it."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
 def whole(tensor: Tensor) -> Tensor:
     """A tensor that may be sharded, whole; all processes must call it."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
 def whole_state(state: Any, keep: bool = True) -> Any:
@@ -144,7 +154,7 @@ def whole_state(state: Any, keep: bool = True) -> Any:
         return {name: whole_state(value, keep) for name, value in state.items()}
     if isinstance(state, list | tuple):
         return type(state)(whole_state(value, keep) for value in state)
-    if isinstance(state, DTensor):
+    if is_sharded(state):
         tensor = state.full_tensor()
         return tensor.cpu() if keep else None
     return state
@@ -152,8 +162,10 @@ def whole_state(state: Any, keep: bool = True) -> Any:
 
 def like(value: Tensor, target: Tensor) -> Tensor:
     """A whole tensor, sharded as the target is."""
-    if not isinstance(target, DTensor):
+    if not is_sharded(target):
         return value
+    from torch.distributed.tensor import distribute_tensor
+
     return distribute_tensor(value.to(target.device), target.device_mesh, target.placements, src_data_rank=None)
 
 
