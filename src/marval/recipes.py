@@ -56,7 +56,11 @@ def digits_aligned() -> RLConfig:
 
 
 def fashion_mnist_teacher() -> TrainConfig:
-    """Fashion-MNIST, 28x28 grey, as 49 tokens of 4x4 pixels: 128 wide, 3+3 blocks, head 3x192; 1.9 M parameters."""
+    """Fashion-MNIST, 28x28 grey, as 49 tokens of 4x4 pixels: 128 wide, 3+3 blocks, head 3x192; 2.0 M parameters.
+
+    FID (classifier features, 5,000 images, held-out data) 10.9, accuracy 89.9 %, in 70 minutes on one CPU core beside
+    other work (2026-11-23; the card of ``fashion-mnist/teacher``). The data: benchmarks/prepare_data.py.
+    """
     return TrainConfig(
         data="data/fashion-mnist.npz", patch_size=4, steps=6000, batch=64, lr=2e-3, warmup=200, ema=0.999,
         precision="bf16", head_batch_mul=2, mask_ratios="inference", save_every=250, sample_every=1000,
@@ -66,7 +70,11 @@ def fashion_mnist_teacher() -> TrainConfig:
 
 
 def fashion_mnist_student() -> DistillConfig:
-    """One-step student of the Fashion-MNIST teacher, for every guidance scale in 1..3: its head alone."""
+    """One-step student of the Fashion-MNIST teacher, for every guidance scale in 1..3: its head alone.
+
+    FID (as the teacher's) 14.7, accuracy 85.1 %, in 11 minutes on one CPU core beside other work (2026-11-23; the card of
+    ``fashion-mnist/student``); still behind its teacher: more updates were not tried.
+    """
     return DistillConfig(
         data="data/fashion-mnist.npz", steps=1200, batch=64, ar_steps=16, ema=0.99, precision="bf16", save_every=100,
         sample_every=300, student=StudentConfig(guidance=1.5, guidance_range=(1.0, 3.0)),
@@ -75,7 +83,7 @@ def fashion_mnist_student() -> DistillConfig:
 
 
 def fashion_mnist_aligned() -> RLConfig:
-    """The Fashion-MNIST student after RL on a classifier's log-probability of the asked class."""
+    """The Fashion-MNIST student after RL on a classifier's log-probability of the asked class. Not run yet."""
     return RLConfig(
         steps=100, batch=64, ar_steps=16, ema=0.9, precision="bf16", save_every=20, sample_every=50, eval_every=20,
         log_every=5, gsim=GSIMConfig(lr=1e-4, auxiliary_lr=2e-4),
