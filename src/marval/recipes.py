@@ -72,8 +72,8 @@ def fashion_mnist_teacher() -> TrainConfig:
 def fashion_mnist_student() -> DistillConfig:
     """One-step student of the Fashion-MNIST teacher, for every guidance scale in 1..3: its head alone.
 
-    FID (as the teacher's) 14.7, accuracy 85.1 %, in 11 minutes on one CPU core beside other work (2026-11-23; the card of
-    ``fashion-mnist/student``); still behind its teacher: more updates were not tried.
+    FID (as the teacher's) 14.7, accuracy 85.1 %, in 11 minutes on one CPU core beside other work (2026-11-23; the card
+    of ``fashion-mnist/student``); still behind its teacher: more updates were not tried.
     """
     return DistillConfig(
         data="data/fashion-mnist.npz", steps=1200, batch=64, ar_steps=16, ema=0.99, precision="bf16", save_every=100,
