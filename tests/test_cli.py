@@ -10,6 +10,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -143,7 +144,9 @@ def test_a_closed_pipe_is_no_error():
 
 
 def test_interrupt_says_how_to_go_on(tmp_path: Path):
-    with tiny.start([*TEACH, "--steps", 100000, "--log-every", 1, "--out", tmp_path / "run"]) as process:
+    args = [*TEACH, "--steps", 100000, "--log-every", 1, "--out", tmp_path / "run"]
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # background jobs of a shell ignore it
+    with tiny.start(args, preexec_fn=heed) as process:
         tiny.wait_for(tmp_path / "run" / "metrics.jsonl", process)
         process.send_signal(signal.SIGINT)
         err = process.communicate(timeout=60)[1]
