@@ -1,6 +1,7 @@
 """Quality of an image without a reference: BRISQUE, and the heads that score an embedding."""
 
 import functools
+import itertools
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,7 +31,7 @@ class ScoreHead(nn.Module):
         super().__init__()
         places = (0, 3, 6, 9, 11) if relu else (0, 2, 4, 6, 7)
         self.layers = nn.ModuleDict()
-        for place, before, after in zip(places, (width, *WIDTHS), WIDTHS, strict=False):
+        for place, (before, after) in zip(places, itertools.pairwise((width, *WIDTHS)), strict=True):
             self.layers[str(place)] = nn.Linear(before, after)
         self.relu = relu
 
