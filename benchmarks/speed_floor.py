@@ -71,7 +71,20 @@ def over_floors(results: Path) -> dict[tuple[str, str, int, int, str], float]:
         if role in ROLES and "full pass" not in model:  # a cached backbone does less than the floor counts
             key = ("H200" if "H200" in device else device, size, row["ar_steps"], row["batch"], role)
             found[key] = min(found.get(key, float("inf")), row["over_floor"])
+    for _, result in read(results, "time_over_floor"):  # of a few AR steps, where no whole image was measured
+        for row in result["rows"]:
+            found.setdefault(("CPU", row["size"], row["ar_steps"], row["batch"], row["model"]), row["over_floor"])
     return found
+
+
+def sampled_steps(results: Path) -> str:
+    """What the rows of single AR steps are."""
+    found = read(results, "time_over_floor")
+    if not found:
+        return "single AR steps (`benchmarks/time_over_floor.py`), not measured yet"
+    name, result = found[0]
+    on = f"{result['machine']['cpu']}, {result['machine']['threads']} threads, {result['date']}"
+    return f"single AR steps (`{result['command']}`; {on}, {link(name)})"
 
 
 def operations() -> str:
@@ -257,7 +270,7 @@ def tables(rate: float, results: Path = RESULTS) -> str:
             "### Bytes and floor per image\n\nGB in bf16. CPU: float32 operations at "
             f"{rate / 1e12:.3g} TFLOP/s, measured by the command; H200: bf16, {H200[0] / 1e12:.0f} TFLOP/s and "
             f"{H200[1] / 1e12:.1f} TB/s. x: measured time over the floor at the rate of the same run, where there is a "
-            "measurement.",
+            f"measurement: of whole images from the tables below, else of {sampled_steps(results)}.",
             lambda: floors(rate, over_floors(results)),
         ),
         ("### Against the reference", lambda: side_by_side(results)),

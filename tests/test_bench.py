@@ -255,7 +255,13 @@ def test_measurements_reach_the_tables(speed_floor, tmp_path):
     for verb, seconds in (("distill head", 0.2), ("distill all", 0.9)):
         suite["stages"].append({**update, "verb": verb, "seconds_per_update": seconds})
     (tmp_path / "gpu.json").write_text(json.dumps(suite))
+    steps = {"benchmark": "time_over_floor", "machine": {"cpu": "a CPU", "threads": 2}, "date": "2026-11-23"}
+    alone = {"size": "mar-l", "ar_steps": 256, "batch": 16, "model": "teacher", "over_floor": 1.56}
+    whole = {"size": "mar-b", "ar_steps": 16, "batch": 1, "model": "student", "over_floor": 7.77}  # measured above
+    (tmp_path / "steps.json").write_text(json.dumps({**steps, "command": "a command", "rows": [alone, whole]}))
     text = speed_floor.tables(0.1e12, tmp_path)
+    assert text.count("| 1.56 |") == 1
+    assert "7.77" not in text
     assert "float32 (the reference: float32, no autocast); a CPU" in text
     floors = [
         line.split(" | ") for line in text.splitlines() if line.startswith(("| mar-b | 16 | 1 |", "| mar-h | 16 | 1 |"))
@@ -271,3 +277,18 @@ def test_measurements_reach_the_tables(speed_floor, tmp_path):
     assert "3.56 times the updates per second" in text  # 19.49 s over 5.48 s
     with pytest.raises(ValueError, match="the page must have"):
         speed_floor.page("no markers", 1e12)
+
+
+def test_single_ar_steps_over_their_floor(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+    script, out = importlib.import_module("time_over_floor"), tmp_path / "rows.json"
+    words = [str(out), "--sizes", "tiny", "--batches", "1,2", "--steps", "3", "--repeats", "1"]
+    script.main(words)
+    first = out.read_text()
+    rows = json.loads(first)["rows"]
+    assert [(row["ar_steps"], row["batch"], row["model"]) for row in rows] == [
+        (16, batch, model) for batch in (1, 2) for model in ("student", "teacher")
+    ]
+    assert all(row["over_floor"] > 1 and row["measured_ar_steps"] == [2, 8, 13] for row in rows)
+    script.main(words)  # nothing is measured twice
+    assert out.read_text() == first

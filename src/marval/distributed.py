@@ -125,7 +125,7 @@ class World:
             for block in getattr(network, name, ()):
                 fully_shard(block, mesh=mesh, reshard_after_forward=True)
         for module, methods in (
-            (head, ("embed", "embed_time", "embed_condition", "denoise")),
+            (head, ("embed", "embed_scalars", "embed_condition", "denoise")),
             (network, ("condition",)),
         ):
             if not isinstance(module, FSDPModule):

@@ -55,7 +55,7 @@ def diffusion_chain(
             return diffusion.denoise_chain(network, z, schedule, steps, temperature, clamp)
 
         if not embedded_times:
-            embedded_times.append(head.embed_time(schedule.timesteps.to(noise.device)))
+            embedded_times.append(head.embed_scalars(schedule.timesteps.to(noise.device)))
         inputs = [condition if null is None else torch.cat([condition, null]), z, *embedded_times, as_tensor(w, z)]
         if solver == "ancestral":
             inputs.append(noise.randn(len(schedule), *z.shape[1:]))
@@ -70,22 +70,23 @@ def one_evaluation(
 ) -> DrawTokens:  # fmt: skip
     """The student's draw: one evaluation of the head (`gsim.one_step`). Guidance is baked in, or an input.
 
-    In inference mode the timestep is embedded once.
+    In inference mode timestep and guidance are embedded once for each scale.
     """
     t = torch.full((), t_init, device=head.input_proj.weight.device)
-    embedded_time: list[Tensor] = []  # at the first draw: a sharded network must have run as a whole before
+    embedded: dict[float, Tensor] = {}
 
     def draw(condition: Tensor, null: Tensor | None, z: Tensor, w: float | Tensor) -> Tensor:
-        def evaluate(
-            c: Tensor, z: Tensor, w: Tensor, t: Tensor, embedded_time: Tensor | None = None
-        ) -> Tensor:  # fmt: skip
-            embedded = head.embed(t, c, w, embedded_time)
-            x = gsim.one_step(lambda x: head.denoise(x, embedded).chunk(2, -1)[0], temperature * z, schedule, t_init)
+        def evaluate(c: Tensor, z: Tensor, scalars: Tensor) -> Tensor:
+            y = scalars + head.embed_condition(c)
+            x = gsim.one_step(lambda x: head.denoise(x, y).chunk(2, -1)[0], temperature * z, schedule, t_init)
             return x if clamp is None else x.clamp(*clamp)
 
-        if torch.is_inference_mode_enabled() and not embedded_time:
-            embedded_time.append(head.embed_time(t))
-        return call(("student", temperature), evaluate, condition, z, as_tensor(w, z), t, *embedded_time)
+        scalars = embedded.get(w) if isinstance(w, float) else None
+        if scalars is None:
+            scalars = call(("scalars",), head.embed_scalars, t, as_tensor(w, z))
+            if isinstance(w, float) and torch.is_inference_mode_enabled():
+                embedded[w] = scalars
+        return call(("student", temperature), evaluate, condition, z, scalars)
 
     return draw
 

@@ -92,21 +92,18 @@ class DiffusionHead(nn.Module):
         for layer in zeroed:
             nn.init.zeros_(layer.get_parameter("weight"))
 
-    def embed(self, t: Tensor, c: Tensor, w: Tensor | None = None, embedded_time: Tensor | None = None) -> Tensor:
-        """Sum of the embeddings of timestep t (...), condition c (..., E) and, if it is an input, guidance w (...).
+    def embed(self, t: Tensor, c: Tensor, w: Tensor | None = None) -> Tensor:
+        """Sum of the embeddings of timestep t (...), condition c (..., E) and, if it is an input, guidance w (...)."""
+        return self.embed_scalars(t, w) + self.cond_embed(c)
 
-        ``embedded_time`` spares the first: `embed_time` of t.
-        """
-        y = (self.time_embed(t) if embedded_time is None else embedded_time) + self.cond_embed(c)
+    def embed_scalars(self, t: Tensor, w: Tensor | None = None) -> Tensor:
+        """The part of `embed` that no condition is in: the same for all tokens, and once per chain for all its steps."""
+        y = self.time_embed(t)
         if self.guidance_embed is not None:
             if w is None:
                 raise ValueError("this head takes the guidance scale as an input: give w")
             y = y + self.guidance_embed(100 * w)
         return y
-
-    def embed_time(self, t: Tensor) -> Tensor:
-        """The part of `embed` that depends on the timestep: once per chain for all its steps."""
-        return self.time_embed(t)
 
     def embed_condition(self, c: Tensor) -> Tensor:
         """The part of `embed` that depends on the condition: once for all steps of a chain."""
