@@ -165,7 +165,39 @@ class RunConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(RunConfig):
+class CurveConfig(RunConfig):
+    """The curve of quality that training and distillation can draw while they run (marval.curve)."""
+
+    eval_every: int = 0
+    """Updates between evaluations of the averaged weights: FID, KID, precision and recall on fixed seeds; the best is
+    kept in best/. 0 for none. Each costs what `marval evaluate` costs: a teacher draws with the whole chain."""
+    eval_images: int = 2000
+    """Images of an evaluation. The FID of few is too high, by about as much each time: compare within a curve."""
+    features: str = ""
+    """Network of FID and its kind, as marval evaluate takes it; evaluations need it."""
+    reference: str = ""
+    """What they compare with, as marval evaluate takes it; if left out, the training images."""
+    patience: int = 0
+    """Stop after this many evaluations in a row without a lower FID; 0 for never. While the learning rate decays to
+    zero the last updates help most: best with --no-decay."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("eval_every", "patience"):
+            check(getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}")
+        check(self.eval_images >= 2, f"eval_images must be at least 2 for a Frechet distance, got {self.eval_images}")
+        networks = "inception, a folder of marval train-classifier, or another that marval evaluate takes"
+        check(
+            not self.eval_every or bool(self.features),
+            f"eval_every {self.eval_every} needs the network of FID: name it with --features ({networks})",
+        )
+        for name in ("features", "reference", "patience"):
+            given = getattr(self, name)
+            check(not given or self.eval_every > 0, f"{name} {given} is for evaluations: say how often, --eval-every")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(CurveConfig):
     """Training of a MAR teacher with the diffusion loss."""
 
     data: str = "digits"
@@ -204,9 +236,14 @@ class TrainConfig(RunConfig):
     """Mirror each training image left to right with probability 1/2."""
     sampling: SamplingConfig = SamplingConfig()
     """Defaults stored with the model, used for the sample grids."""
+    eval_head_steps: int | None = None
+    """Denoising steps per token in evaluations, whose time is nearly in proportion to them. None: those of `sampling`,
+    so that the numbers are those of marval evaluate."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.eval_head_steps is not None:
+            check(self.eval_head_steps >= 1, f"eval_head_steps must be at least 1, got {self.eval_head_steps}")
         check(self.lr > 0, f"lr must be positive, got {self.lr}")
         check(0 <= self.class_drop < 1, f"class_drop must be in [0, 1), got {self.class_drop}")
         check(self.head_batch_mul >= 1, f"head_batch_mul must be at least 1, got {self.head_batch_mul}")
@@ -244,7 +281,7 @@ class GSIMConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistillConfig(RunConfig):
+class DistillConfig(CurveConfig):
     """Distillation of a teacher into a one-step student."""
 
     data: str = "digits"
@@ -451,8 +488,8 @@ class EvaluateConfig:
     refresh_every: int | None = None
     """AR steps from one full pass of the backbone to the next; 1 is exact."""
     rewards: str = ""
-    """Rewards to take the mean of, comma-separated: clip:FOLDER_OR_HUB, pickscore:FOLDER_OR_HUB, or
-    path/to/file.py:function."""
+    """Rewards to take the mean of, comma-separated, each as `--reward` of marval rl; `classifier` and `reads-class` ask
+    the network of `features`."""
     prompt: str = "a high-quality and harmonious picture of {class}"
     """Prompt of each image for the rewards; {class} is replaced by the class name."""
     precision: Literal["auto", "float32", "bf16"] = "auto"

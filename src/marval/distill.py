@@ -9,6 +9,7 @@ from torch import Tensor
 from marval import masking, rng
 from marval.checkpoint import save_tensors
 from marval.config import DistillConfig
+from marval.curve import Curve, folder
 from marval.data import ImageDataset, batch_indices, batch_tokens, load_data
 from marval.distributed import connect, template
 from marval.ema import EMA
@@ -79,6 +80,7 @@ def distill(config: DistillConfig, teacher_folder: Path, out: Path, resume: bool
     check_data(data, teacher)
     model = make_student(teacher, config)
     model.settings()
+    curve = Curve(config, model, data, world)
     tokenizer, length, num_classes = model.tokenizer, model.network.config.num_tokens, len(model.class_names)
     auxiliary = copy_network(teacher.network, config.trained, config.student.guidance_range is not None)
     blank = template(model.network)
@@ -99,7 +101,7 @@ def distill(config: DistillConfig, teacher_folder: Path, out: Path, resume: bool
             "student": student_part, "auxiliary": auxiliary_part, "ema": ema,
             "student_optimizer": student_optimizer, "auxiliary_optimizer": auxiliary_optimizer,
         },
-        {},
+        curve.best,
     )  # fmt: skip
     labels_of_data = torch.from_numpy(data.labels)
     counts = masking.masked_counts(length, config.ar_steps)
@@ -112,6 +114,14 @@ def distill(config: DistillConfig, teacher_folder: Path, out: Path, resume: bool
         network = averaged_network(student, ema, blank)
         return Pipeline(network, tokenizer, data.class_names, model.sampling, config.student, provenance)
 
+    def keep(current: Pipeline, where: Path) -> None:
+        """Save a model, and the scores with which RL goes on from it; all processes that make a network whole call."""
+        scores = matching.scores() if world.gathers else {}
+        if world.is_main:
+            where.mkdir(exist_ok=True)
+            save_tensors(where / "scores.safetensors", scores)
+            current.save(where)
+
     def read(step: int) -> tuple[Tensor, Tensor]:
         """Tokens of this process's rows, and labels of the whole batch."""
         index = batch_indices(len(data), config.batch, step, config.seed)
@@ -121,6 +131,9 @@ def distill(config: DistillConfig, teacher_folder: Path, out: Path, resume: bool
 
     progress = run.progress(start)
     for step, (own_tokens, labels) in zip(progress, run.read_ahead(read, start, data), strict=True):
+        if curve.best["stop"]:  # a resumed run that had stopped
+            progress.stop(f"stopped: {curve.best['stop']}")
+            break
         # ---- draw: the numbers of the whole batch; each part takes its rows
         g = rng.generator(config.seed, 3, step, device=world.device)
         host = rng.generator(config.seed, 4, step)
@@ -179,7 +192,7 @@ def distill(config: DistillConfig, teacher_folder: Path, out: Path, resume: bool
         student_norm = student_update.step(step, lr_factor)
         ema.update(student_part)
 
-        # ---- log, save, look
+        # ---- log, evaluate, save, look
         done = step + 1
         if run.is_due(config.log_every, done):
             row = run.log(
@@ -187,15 +200,23 @@ def distill(config: DistillConfig, teacher_folder: Path, out: Path, resume: bool
                 lr=config.gsim.lr * lr_factor,
             )  # fmt: skip
             progress.show({name: row[name] for name in ("student_loss", "auxiliary_loss", "y")})
-        save, look = run.is_due(config.save_every, done), run.is_due(config.sample_every, done)
+        if run.is_due(config.eval_every, done):
+            current = averaged()
+            if curve.look(current, done, run):
+                keep(current, folder(out))  # at once: a run that dies leaves it
+            del current  # a whole copy
+        stop = bool(curve.best["stop"])
+        save, look = stop or run.is_due(config.save_every, done), run.is_due(config.sample_every, done)
         if world.gathers and (save or look):
-            current, scores = averaged(), matching.scores() if save else {}
-            if world.is_main and save:
-                save_tensors(out / "scores.safetensors", scores)
-                current.save(out)
+            current = averaged()
+            if save:
+                keep(current, out)
             if world.is_main and look:
                 save_sample_grid(run, current, done)
-            del current, scores  # whole copies
+            del current  # a whole copy
         if save:
             run.save(done)  # last: a killed run repeats what the checkpoint does not know
+        if stop:
+            progress.stop(f"stopped: {curve.best['stop']}")
+            break
     return averaged().to(world.device)

@@ -5,6 +5,7 @@ checkpoint.pt                    networks, averages, optimizers, step: everythin
 meta.json                        what ran: verb, settings, step, versions
 metrics.jsonl                    one JSON object per line
 samples/step-000500.png          sample grids
+best/                            the best model, where quality is measured (marval.curve)
 """
 
 import contextlib
@@ -110,6 +111,8 @@ class Run:
         self.settings = settings
         if resume and (out / "meta.json").exists():
             before = read_json(out / "meta.json")
+            # a setting that the version which began the run did not have does what its default does
+            before["config"] = json.loads(json.dumps(to_dict(type(config)()))) | before["config"]
             if before["verb"] != verb:
                 raise ValueError(f"{out} holds a run of `marval {before['verb']}`, not of `marval {verb}`")
             for name in settings | before["config"]:
@@ -204,8 +207,10 @@ class Progress:
 
     def stop(self, why: str) -> None:
         """Close the bar early, saying why."""
+        visible = not self.bar.disable
         self.bar.close()
-        tqdm.write(why, file=sys.stderr)
+        if visible:
+            tqdm.write(why, file=sys.stderr)
 
     def show(self, values: dict[str, float]) -> None:
         """Losses to show beside the bar."""

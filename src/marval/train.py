@@ -8,6 +8,7 @@ from torch import Tensor
 
 from marval import masking, rng
 from marval.config import MARConfig, TrainConfig
+from marval.curve import Curve, folder
 from marval.data import ImageDataset, batch_indices, batch_tokens, image_grid, load_data, save_png
 from marval.diffusion import Schedule, cosine_schedule, denoising_loss, q_sample
 from marval.distributed import connect, template
@@ -102,6 +103,7 @@ def train(config: TrainConfig, out: Path, resume: bool = False) -> Pipeline:
     tokenizer = tokenizer_for(config, data)
     model = build_teacher(config, tokenizer, data.class_names).to(world.device)
     model.settings()
+    curve = Curve(config, model, data, world, config.eval_head_steps)
     network, length = model.network, model.network.config.num_tokens
     labels_of_data = torch.from_numpy(data.labels)
     schedule = cosine_schedule()
@@ -112,7 +114,7 @@ def train(config: TrainConfig, out: Path, resume: bool = False) -> Pipeline:
     update = Update("teacher", network, optimizer, config, world)
     ema = EMA(network, config.ema, blank)
     run = Run(out, "train", config, resume, world)
-    start = run.restore({"network": network, "ema": ema, "optimizer": optimizer}, {})
+    start = run.restore({"network": network, "ema": ema, "optimizer": optimizer}, curve.best)
 
     def averaged() -> Pipeline:
         provenance = {"verb": "train", "data": data.source, "data_licence": data.licence}
@@ -127,6 +129,9 @@ def train(config: TrainConfig, out: Path, resume: bool = False) -> Pipeline:
 
     progress = run.progress(start)
     for step, (own_tokens, labels) in zip(progress, run.read_ahead(read, start, data), strict=True):
+        if curve.best["stop"]:  # a resumed run that had stopped
+            progress.stop(f"stopped: {curve.best['stop']}")
+            break
         # ---- draw: the numbers of the whole batch; each part takes its rows
         g = rng.generator(config.seed, 1, step, device=world.device)
         host = rng.generator(config.seed, 2, step)
@@ -156,11 +161,17 @@ def train(config: TrainConfig, out: Path, resume: bool = False) -> Pipeline:
         grad_norm = update.step(step, lr_factor)
         ema.update(network)
 
-        # ---- log, save, look
+        # ---- log, evaluate, save, look
         done = step + 1
         if run.is_due(config.log_every, done):
             progress.show(run.log(done, **world.means(watched), grad_norm=grad_norm, lr=config.lr * lr_factor))
-        save, look = run.is_due(config.save_every, done), run.is_due(config.sample_every, done)
+        if run.is_due(config.eval_every, done):
+            current = averaged()
+            if curve.look(current, done, run) and world.is_main:
+                current.save(folder(out))  # at once: a run that dies leaves it
+            del current  # a whole copy
+        stop = bool(curve.best["stop"])
+        save, look = stop or run.is_due(config.save_every, done), run.is_due(config.sample_every, done)
         if world.gathers and (save or look):
             current = averaged()
             if world.is_main and save:
@@ -170,4 +181,7 @@ def train(config: TrainConfig, out: Path, resume: bool = False) -> Pipeline:
             del current  # a whole copy
         if save:
             run.save(done)  # last: a killed run repeats what the checkpoint does not know
+        if stop:
+            progress.stop(f"stopped: {curve.best['stop']}")
+            break
     return averaged().to(world.device)
