@@ -44,6 +44,7 @@ def work(out: Path, teacher: Path, student: Path, classifier: Path, steps: int =
     }
     group = {"algorithm": "group", "reward": "reads-class", "group_size": 2, "kl": 0.1, "anchor": 0.0}
     constant = {"decay": False, "warmup": 0}  # the learning rate must not depend on the number of steps
+    constant |= {"eval_every": 2, "eval_images": 20, "features": str(classifier)}
     train(TrainConfig(**common, **constant, model=tiny.MODEL, sampling=tiny.SAMPLING, shift=1), out / "train", True)
     distill(DistillConfig(**common, **constant, **distilled), teacher, out / "distill", True)
     rl(RLConfig(**common, **aligned), student, out / "rl", True)

@@ -17,9 +17,10 @@ MODEL = ["--model.width", 32, "--model.depth", 1, "--model.heads", 2, "--model.h
 
 def command(verb: str, out: Path) -> list[str]:
     """A run of 40 updates that saves at every 8th and uses all that a resume must bring back."""
+    curve = ["--eval-every", 8, "--eval-images", 20, "--features", tiny.classifier(), "--patience", 5]
     args: list[object] = {
-        "train": [*MODEL, "--sampling.head-steps", 5, "--shift", 1],
-        "distill": ["--teacher", tiny.teacher(), "--ar-steps", 4, "--rollout", 0.5, "--trained", "all"],
+        "train": [*MODEL, "--sampling.head-steps", 5, "--shift", 1, *curve],
+        "distill": ["--teacher", tiny.teacher(), "--ar-steps", 4, "--rollout", 0.5, "--trained", "all", *curve],
         "rl": ["--student", tiny.student(), "--classifier", tiny.classifier(), "--judge", tiny.classifier(),
                "--ar-steps", 4, "--eval-every", 8, "--eval-images", 20, "--patience", 0],
     }[verb]  # fmt: skip
