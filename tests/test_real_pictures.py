@@ -1,0 +1,194 @@
+"""The measurement of real pictures at its smallest size: every verb, resumed, extended, refused; and its arithmetic."""
+
+import importlib
+import json
+import shutil
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from PIL import Image
+
+from marval.checkpoint import read_json, write_json
+from marval.data import load_dataset
+from marval.evaluate import class_accuracy, frechet_distance, image_moments
+from marval.models.classifier import Classifier, train_classifier
+from marval.pipeline import Pipeline
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def scripts() -> tuple[ModuleType, ModuleType]:
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        return importlib.import_module("real_pictures"), importlib.import_module("results_page")
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with teacher, student, classifier and a judge of the other kind."""
+    folder = tmp_path_factory.mktemp("models")
+    for name, source in (("teacher", tiny.teacher()), ("student", tiny.student()), ("classifier", tiny.classifier())):
+        (folder / name).mkdir()
+        for file in ("config.json", "model.safetensors"):
+            shutil.copy(source / file, folder / name)
+    data = load_dataset("digits"), load_dataset("digits", "test")
+    train_classifier(*data, arch="resnet", seed=1, epochs=1, width=8, progress=False)[0].save(folder / "judge")
+    return folder
+
+
+@pytest.fixture
+def quick(scripts, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    for module in scripts:
+        monkeypatch.setattr(module, "QUICK", tmp_path)
+    return tmp_path / "real_pictures_digits.json"
+
+
+def drawn(folder: Path) -> dict[str, int]:
+    """When each file of images was written."""
+    return {str(file): file.stat().st_mtime_ns for file in folder.rglob("images-*.npz")}
+
+
+def test_run_resume_clock_page(scripts, models, quick, capsys):
+    real_pictures = scripts[0]
+    some = ["run", "digits", str(models), "--quick", "--seeds", "0", "--rows", "real*,student-k4,teacher-k4-4-*"]
+    real_pictures.main(some)
+    first = read_json(quick)
+    assert list(first["rows"]) == [
+        "real-test/0", "real-half/0", "teacher-k4-4-ddpm/0", "teacher-k4-4-ddim/0", "student-k4/0",
+    ]  # fmt: skip
+    written, files = quick.read_bytes(), drawn(quick.parent)
+    assert len(files) == 3
+    real_pictures.main(some)
+    assert quick.read_bytes() == written, "what is there is not measured again"
+
+    lost = dict(first["rows"])
+    del lost["student-k4/0"]
+    write_json(quick, first | {"rows": lost})
+    real_pictures.main(some)
+    assert read_json(quick)["rows"] == first["rows"], "measured again from the images on disk"
+    assert drawn(quick.parent) == files
+
+    real_pictures.main(["run", "digits", str(models), "--quick", "--seeds", "0,1"])
+    rows = read_json(quick)["rows"]
+    assert {key.rpartition("/")[2] for key in rows} == {"0", "1"}
+    assert rows["student-k4/0"]["values"] != rows["student-k4/1"]["values"]
+    assert {key.partition("/")[0] for key in rows} >= {"untrained-k4", "student-k8", "teacher-k4-1-ddpm"}
+    assert "teacher-k4-1-ddim/0" not in rows, "one step is the same with both solvers"
+
+    scripts[0].main(["page", "--quick"])
+    page = (quick.parent / "results.md").read_text()
+    assert not (quick.parent / "images" / "results_digits.png").exists(), "no plot without times"
+    real_pictures.main(["clock", "digits", str(models), "--quick", "--batch", "1"])
+    times = read_json(quick)["clock"]
+    assert times["teacher-k4-4-ddpm"]["1"]["seconds_per_image"] > times["student-k4"]["1"]["seconds_per_image"] > 0
+    scripts[0].main(["page", "--quick"])
+    clocked = (quick.parent / "results.md").read_text()
+    assert clocked != page
+    scripts[0].main(["page", "--quick"])
+    assert (quick.parent / "results.md").read_text() == clocked, "written anew, not twice"
+    assert "| student, 1 step | 4 |" in clocked
+    assert np.asarray(Image.open(quick.parent / "images" / "results_digits.png")).std() > 10
+    assert str(models) not in clocked + json.dumps(read_json(quick)), "no path of this machine"
+
+
+def test_numbers_are_the_library_s(scripts, models, quick):
+    """And those of more images need the missing images only."""
+    study = scripts[0].Study("digits", models, quick=True)
+    study.run("student-k4", [3], 50)
+    study.run("student-k4", [3], 300)
+    values = read_json(quick)["rows"]["student-k4/3"]["values"]
+    assert list(values) == ["20", "50", "300"]
+    images = Pipeline.load(models / "student").sample([i % 10 for i in range(300)], seed=3, batch_size=100)
+    judge, test = Classifier.load(models / "judge"), load_dataset("digits", "test")
+    for count in (20, 50, 300):
+        found, part = values[str(count)], images[:count]
+        assert found["images"] == count
+        assert found["accuracy"] == pytest.approx(class_accuracy(part, np.arange(count) % 10, judge)[0])
+        expected = frechet_distance(image_moments(test.images, judge), image_moments(part, judge))
+        assert found["fid_judge_test"] == pytest.approx(expected, rel=1e-3)
+        assert 0 <= found["recall"] <= 1
+
+
+def test_refusals(scripts, models, quick, tmp_path):
+    real_pictures = scripts[0]
+    run = ["run", "digits", str(models), "--quick", "--seeds", "0", "--rows"]
+    real_pictures.main([*run, "real-test"])
+    with pytest.raises(ValueError, match=r"--rows 'students' is none of real-test, .*student-k4"):
+        real_pictures.main([*run, "students"])
+    other = tmp_path / "other"
+    shutil.copytree(models, other)
+    network = Pipeline.load(other / "student")
+    with torch.no_grad():
+        next(network.network.head.parameters()).mul_(1.5)
+    network.save(other / "student")
+    with pytest.raises(ValueError, match=r"real_pictures_digits.json was measured with student = 'sha256"):
+        real_pictures.main(["run", "digits", str(other), "--quick", "--rows", "real-test"])
+    with pytest.raises(ValueError, match=r"real_pictures_digits.json was measured with judge = "):
+        real_pictures.main([*run, "real-test", "--judge", str(models / "classifier")])
+
+
+def test_rows_of_both_halves_are_apart(scripts, models, quick):
+    """The floor: no image of one half is in the other, and both together are the training split."""
+    study = scripts[0].Study("digits", models, quick=True)
+    parts = {split: load_dataset("digits", split) for split in ("train", "test")}
+    index = torch.arange(len(parts["train"]))[:, None].float()
+    real = {"judge": {"train": index, "test": index[:3]}}
+    images, labels, against = study.real(study.rows[1], 0, 10_000, parts, real)
+    other = against["judge"]["train"].flatten().long().tolist()
+    mine = sorted(set(range(len(parts["train"]))) - set(other))
+    assert len(mine) + len(other) == len(parts["train"])
+    order = np.lexsort(images.reshape(len(images), -1).T)
+    expected = parts["train"].images[mine]
+    assert np.array_equal(images[order], expected[np.lexsort(expected.reshape(len(expected), -1).T)])
+    assert len(labels) == len(images)
+
+
+def result_of(values: dict[str, dict[str, Any]], seconds: dict[str, float]) -> dict[str, Any]:
+    """A file of results with given FIDs, 100 images and two seeds."""
+    rows: dict[str, Any] = {}
+    for name, row in values.items():
+        for seed, fid in enumerate(row["fid"]):
+            found = {"images": 100, "accuracy": 0.9, "precision": 0.8, "recall": 0.7}
+            found |= {f"fid_{n}_{s}": fid for n in ("classifier", "judge") for s in ("test", "train")}
+            about = {"model": "student", "ar_steps": 8, "head_steps": 1, "solver": "ancestral"} | row
+            rows[f"{name}/{seed}"] = about | {"seed": seed, "values": {"100": found}}
+    clock = {name: {"1": {"seconds_per_image": s, "repeats": 10, "load_average": 0.1}} for name, s in seconds.items()}
+    return {"rows": rows, "clock": clock, "protocol": {"ar_steps": 8}}
+
+
+def test_the_verdict_names_what_beats_the_student(scripts):
+    page = scripts[1]
+    teacher: dict[str, Any] = {"model": "teacher"}
+    results = result_of(
+        {
+            "teacher-k8-4-ddpm": teacher | {"head_steps": 4, "fid": [9.0, 8.0]},
+            "student-k8": {"fid": [2.0, 3.0]},
+            "teacher-k8-100-ddpm": teacher | {"head_steps": 100, "fid": [1.0, 1.2]},
+            "teacher-k8-50-ddim": teacher | {"head_steps": 50, "solver": "ddim", "fid": [2.0, 2.6]},
+        },
+        {"student-k8": 0.01, "teacher-k8-100-ddpm": 0.4},
+    )  # fmt: skip
+    rows = page.grouped(results)
+    assert list(rows) == ["teacher-k8-100-ddpm", "teacher-k8-50-ddim", "teacher-k8-4-ddpm", "student-k8"]
+    text = page.verdict(results, rows, "100")
+    assert "2.50 ± 0.71 for the student and 1.10 ± 0.14 for its teacher" in text
+    assert "(settings of the teacher below the student's mean: 100 steps, DDPM; 50 steps, DDIM)" in text
+    assert "At batch 1 the student is 40.0 times as fast" in text
+    assert "batch 64" not in text
+
+
+def test_rows_are_compared_at_the_number_of_images_that_most_have(scripts):
+    rows = {name: [{"values": dict.fromkeys(counts)}] for name, counts in
+            {"a": ("20", "100"), "b": ("20", "100"), "c": ("20",)}.items()}  # fmt: skip
+    assert scripts[1].counts_of(rows) == ["20", "100"]
+    rows["c"][0]["values"]["100"] = None
+    assert scripts[1].counts_of(rows) == ["100", "20"]
