@@ -20,6 +20,7 @@ import argparse
 import gzip
 import importlib.util
 import unicodedata
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -98,7 +99,7 @@ def emoji_class(codes: list[int]) -> str | None:
     return next((name for name, text in EMOJI.items() if codes[0] in code_points(text)), None)
 
 
-def emoji(pictures: list[tuple[list[int], Image.Image]]) -> list[Split]:
+def emoji(pictures: Iterable[tuple[list[int], Image.Image]]) -> list[Split]:
     """Both splits of pictures and their code points."""
     images, labels = [], []
     for codes, picture in pictures:
@@ -119,14 +120,12 @@ def named_code_points(caption: str) -> list[int]:
     return [int(name[2:], 16) if name.startswith("u+") else ord(unicodedata.lookup(name)) for name in names]
 
 
-def emoji_files(folder: Path) -> list[Split]:
-    """Both splits of Noto's own files, such as emoji_u1f468_1f3fd_200d_2696.png."""
-    joiners = (0x200D, 0xFE0F)
-    pictures = []
+def emoji_files(folder: Path) -> Iterator[tuple[list[int], Image.Image]]:
+    """Pictures and code points of Noto's own files, such as emoji_u1f468_1f3fd_200d_2696_fe0f.png."""
     for file in sorted(folder.glob("emoji_u*.png")):
         codes = [int(code, 16) for code in file.stem.removeprefix("emoji_u").split("_")]
-        pictures.append(([code for code in codes if code not in joiners], Image.open(file)))
-    return emoji(pictures)
+        with Image.open(file) as picture:
+            yield [code for code in codes if code not in (0x200D, 0xFE0F)], picture  # without joiners
 
 
 def packed(folder: Path, name: str) -> tuple[list[Split], list[str]]:
@@ -138,9 +137,8 @@ def packed(folder: Path, name: str) -> tuple[list[Split], list[str]]:
     spec.loader.exec_module(module)
     if name == "emoji":
         images, captions = module.captioned("noto-emoji-64")
-        return emoji([(named_code_points(c), Image.fromarray(x)) for x, c in zip(images, captions, strict=True)]), [
-            *EMOJI
-        ]
+        pictures = ((named_code_points(c), Image.fromarray(x)) for x, c in zip(images, captions, strict=True))
+        return emoji(pictures), [*EMOJI]
     held_out = "val" if name == "imagenette64" else "test"
     parts = [module.images(f"{name}-{split}") for split in ("train", held_out)]
     return [(images, labels) for images, labels, _ in parts], parts[0][2]
@@ -161,7 +159,12 @@ def main() -> None:
             f"{args.folder} has no read_data.py; `marval train --data` takes Imagenette's own folders as they are"
         )
     else:
-        splits = {"fashion-mnist": fashion_mnist, "cifar10": cifar10, "emoji": emoji_files}[args.name](args.folder)
+        readers = {
+            "fashion-mnist": fashion_mnist,
+            "cifar10": cifar10,
+            "emoji": lambda folder: emoji(emoji_files(folder)),
+        }
+        splits = readers[args.name](args.folder)
         class_names = {"fashion-mnist": FASHION, "cifar10": CIFAR, "emoji": [*EMOJI]}[args.name]
     (train, train_labels), (test, test_labels) = splits
     found = f"{args.out}: {len(train)} images to train on, {len(test)} held out, {len(class_names)} classes"

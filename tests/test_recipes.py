@@ -5,6 +5,7 @@ import re
 from typing import Any
 
 import pytest
+import torch
 
 from marval import recipes
 from marval.config import PRESETS
@@ -12,10 +13,11 @@ from marval.dryrun import plan
 from marval.importing import GUIDANCE
 
 SIZES = ("b", "l", "h")
+PICTURES = [name + size for name in ("cifar10", "imagenette64", "emoji") for size in ("", "-cpu")]
 
 
 def test_every_verb_has_every_recipe():
-    names = {"digits", "fashion-mnist", *(f"imagenet256-{size}" for size in SIZES)}
+    names = {"digits", "fashion-mnist", *PICTURES, *(f"imagenet256-{size}" for size in SIZES)}
     for made in (recipes.TRAIN, recipes.DISTILL, recipes.RL, recipes.EVALUATE):
         assert set(made) == names
         for make in made.values():
@@ -55,6 +57,36 @@ def test_student_and_aligned_fit_each_other(size: str):
     assert aligned.reward.startswith("pickscore:")
     evaluation = recipes.EVALUATE[f"imagenet256-{size}"]()
     assert (evaluation.num_images, evaluation.features) == (50_000, "inception")
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_pictures_fit_each_other_and_the_machine(name: str):
+    from marval.models.mar import MAR
+
+    teacher, student, aligned = recipes.TRAIN[name](), recipes.DISTILL[name](), recipes.RL[name]()
+    made = recipes.sizes(name, teacher)
+    assert made == recipes.sizes(name, student) == recipes.sizes(name, aligned)
+    assert (made.num_tokens, made.token_dim, made.num_classes) == (64, 32 if "imagenette" in name else 48, 10)
+    assert teacher.data == student.data
+    assert teacher.sampling.ar_steps == student.ar_steps == aligned.ar_steps
+    assert teacher.flip == student.flip
+    assert made.head_depth >= 6
+    on_cpu = name.endswith("-cpu")
+    assert {config.precision for config in (teacher, student, aligned)} == {"bf16" if on_cpu else "auto"}
+    assert teacher.batch <= 64 or not on_cpu
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in MAR(made).parameters())
+    assert 24 * parameters < 64 * 2**20, "checkpoint.pt (16 bytes each), model.safetensors and best/ travel together"
+    reference = recipes.EVALUATE[name]().reference.removesuffix(":train")
+    assert teacher.data.startswith(reference)
+
+
+@pytest.mark.parametrize("verb", ["rl", "evaluate"])
+def test_plans_with_a_small_autoencoder(verb: Any):
+    made = {"rl": recipes.RL, "evaluate": recipes.EVALUATE}[verb]["imagenette64-cpu"]()
+    found = plan(verb, made, recipes.sizes("imagenette64-cpu", made), this_machine=False)
+    pixels = plan(verb, made, recipes.sizes("cifar10-cpu", made), this_machine=False)
+    assert found["operations"]["image"] > pixels["operations"]["image"] + 2e9, "decoding 64x64 pixels is counted"
 
 
 def test_data_of_the_recipes_is_the_users():

@@ -38,7 +38,7 @@ from marval.ema import EMA
 from marval.features import BATCH
 from marval.importing import KL16
 from marval.matching import ScoreMatching, copy_network, own_part, with_head
-from marval.models.autoencoders import KL
+from marval.models.autoencoders import KL, TAESD
 from marval.models.mar import MAR
 from marval.run import Update, autocast, prepare
 from marval.sampling import diffusion_chain, last, one_evaluation, unmask
@@ -320,7 +320,11 @@ def _decoding(decode: Callable[[Tensor], Tensor], model: MARConfig, count: int) 
 
 
 def _decoder(model: MARConfig) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
-    """Images (B, C, H, W) of tokens: MAR's KL-16 for tokens of 16 channels, else pixels; the module and a function."""
+    """Images (B, C, H, W) of tokens: MAR's KL-16 for tokens of 16 channels, the tiny autoencoder TAEF2 for those of 32,
+    else pixels; the module and a function."""
+    if model.token_dim == 32:
+        tiny = TAESD(32, (1, 3, 3, 3), (3, 3, 3, 1), pool=True).to("meta").requires_grad_(False).eval()
+        return tiny, lambda x: tiny.decode(x.transpose(1, 2).reshape(len(x), 32, model.grid, model.grid)).clamp(0, 1)
     if model.token_dim != 16:
         channels = 3 if model.token_dim % 3 == 0 else 1
         side = model.grid * math.isqrt(model.token_dim // channels)

@@ -3,6 +3,11 @@
 The recipes of ImageNet 256x256 name data and tokenizer by placeholders (--data, --tokenizer; docs/imagenet.md). Their
 expected times are those of `marval VERB RECIPE --dry-run --processes 8`: 8 H200 at 35 % of 790 TFLOP/s in bf16. The
 share is an assumption; we have not run them.
+
+Those of small colour pictures come in two sizes: `cifar10`, `imagenette64` and `emoji` are meant for one modern GPU,
+about 20 minutes for a teacher and 8 for its student; the same names with `-cpu` for one CPU core, about two hours for a
+teacher. None has been run to its end. They save often and their checkpoint.pt takes 16 bytes per parameter, 42 MB on a
+GPU and 35 MB on a CPU, so a run can be cut into pieces of a few minutes, on different machines: go on with --resume.
 """
 
 import dataclasses
@@ -93,6 +98,159 @@ def fashion_mnist_aligned() -> RLConfig:
 def fashion_mnist_evaluation() -> EvaluateConfig:
     """10,000 images against the training split; features of `marval train-classifier` beside the model."""
     return EvaluateConfig(num_images=10_000, reference="data/fashion-mnist.npz:train")
+
+
+def pictures_teacher(data: str, **changes: Any) -> TrainConfig:
+    """Teachers of small colour pictures, 64 tokens, on one GPU: 160 wide, 2+2 blocks, head 6x192; 2.6 M parameters.
+
+    The deeper the head and the shallower the backbone, the more one evaluation of the head saves against 100.
+    """
+    config = TrainConfig(
+        data=data, patch_size=4, flip=True, steps=30_000, batch=512, lr=1e-3, warmup=1_000, ema=0.9995,
+        head_batch_mul=4, mask_ratios="inference", save_every=1_000, sample_every=5_000, log_every=100,
+        model=MARConfig(width=160, depth=2, heads=5, buffer_size=8, head_width=192, head_depth=6),
+        sampling=SamplingConfig(ar_steps=16, guidance=1.5, head_steps=100),
+    )  # fmt: skip
+    return dataclasses.replace(config, **changes)
+
+
+def pictures_teacher_on_cpu(config: TrainConfig, **changes: Any) -> TrainConfig:
+    """The same on a CPU core: 128 wide, 2.2 M parameters, few and small batches, bf16."""
+    small = dataclasses.replace(config.model, width=128, heads=4)
+    run = {"steps": 8_000, "batch": 64, "lr": 2e-3, "warmup": 200, "ema": 0.999, "head_batch_mul": 2, "model": small}
+    often = {"save_every": 250, "sample_every": 1_000, "log_every": 20, "precision": "bf16"}
+    return dataclasses.replace(config, **{**run, **often, **changes})
+
+
+def pictures_student(data: str) -> DistillConfig:
+    """Their one-step students on one GPU, for every guidance scale in 1..3: the head, on the frozen backbone."""
+    return DistillConfig(
+        data=data, flip=True, steps=10_000, batch=256, ar_steps=16, ema=0.999, warmup=100, save_every=500,
+        sample_every=2_500, log_every=50, student=StudentConfig(guidance=1.5, guidance_range=(1.0, 3.0)),
+        gsim=GSIMConfig(lr=2e-4, auxiliary_lr=4e-4),
+    )  # fmt: skip
+
+
+def pictures_student_on_cpu(data: str) -> DistillConfig:
+    """The same on a CPU core."""
+    return dataclasses.replace(
+        pictures_student(data), steps=2_000, batch=64, ema=0.99, warmup=20, save_every=100, sample_every=500,
+        log_every=20, precision="bf16",
+    )  # fmt: skip
+
+
+def pictures_aligned() -> RLConfig:
+    """A student of small pictures after RL on a classifier's log-probability of the asked class. Not run yet.
+
+    The classifier (--classifier): a folder of `marval train-classifier`, or one that the data set has.
+    """
+    return RLConfig(
+        steps=100, batch=128, ar_steps=16, ema=0.9, save_every=20, sample_every=50, eval_every=20, log_every=5,
+        gsim=GSIMConfig(lr=1e-4, auxiliary_lr=2e-4),
+    )  # fmt: skip
+
+
+def pictures_aligned_on_cpu() -> RLConfig:
+    """A student of small pictures after RL on a classifier's log-probability of the asked class, on a CPU. Not run yet.
+
+    The classifier (--classifier): a folder of `marval train-classifier`, or one that the data set has.
+    """
+    return dataclasses.replace(pictures_aligned(), batch=64, precision="bf16")
+
+
+def cifar10_teacher() -> TrainConfig:
+    """CIFAR-10, 32x32 colour, as 64 tokens of 4x4 pixels, on one GPU: `pictures_teacher`; 307 epochs. Not run yet.
+
+    The data: benchmarks/prepare_data.py.
+    """
+    return pictures_teacher("data/cifar10.npz")
+
+
+def cifar10_cpu_teacher() -> TrainConfig:
+    """CIFAR-10 on one CPU core in about 100 minutes (10 epochs): `cifar10`, made smaller. Not run yet."""
+    return pictures_teacher_on_cpu(cifar10_teacher())
+
+
+def cifar10_student() -> DistillConfig:
+    """One-step student of the `cifar10` teacher, on one GPU: `pictures_student`. Not run yet."""
+    return pictures_student("data/cifar10.npz")
+
+
+def cifar10_cpu_student() -> DistillConfig:
+    """One-step student of the `cifar10-cpu` teacher, on one CPU core. Not run yet."""
+    return pictures_student_on_cpu("data/cifar10.npz")
+
+
+def cifar10_evaluation() -> EvaluateConfig:
+    """10,000 images against the training split; features of a classifier beside the model, or --features."""
+    return EvaluateConfig(num_images=10_000, reference="data/cifar10.npz:train")
+
+
+def imagenette64_teacher() -> TrainConfig:
+    """Imagenette, 10 ImageNet classes, as 64 latents of the 64x64 photographs, on one GPU: 541 epochs. Not run yet.
+
+    Latents of the tiny autoencoder taef2 (32 channels, stride 8), because a token of 8x8 pixels has 192 numbers, too
+    many for a head that is 192 wide, and 256 tokens of 4x4 pixels cost four times as much; its reconstructions lose
+    little (26 dB, docs/imagenet.md). The data: `prepare_data.py imagenette64 FOLDER data/imagenette64`, `marval
+    import-taesd` into runs/taef2, `marval encode --images data/imagenette64 --tokenizer runs/taef2 --image-size 64
+    --out data/imagenette64-latents`. As there are only 9,469 images, fewer and smaller batches than CIFAR-10's, and
+    dropout.
+    """
+    config = pictures_teacher(
+        "data/imagenette64-latents", tokenizer="runs/taef2", patch_size=1, steps=20_000, batch=256
+    )
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, dropout=0.1))
+
+
+def imagenette64_cpu_teacher() -> TrainConfig:
+    """Imagenette on one CPU core in about 100 minutes (54 epochs): `imagenette64`, made smaller. Not run yet."""
+    config = pictures_teacher_on_cpu(imagenette64_teacher())
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, dropout=0.0))
+
+
+def imagenette64_student() -> DistillConfig:
+    """One-step student of the `imagenette64` teacher, on one GPU: `pictures_student`. Not run yet."""
+    return pictures_student("data/imagenette64-latents")
+
+
+def imagenette64_cpu_student() -> DistillConfig:
+    """One-step student of the `imagenette64-cpu` teacher, on one CPU core. Not run yet."""
+    return pictures_student_on_cpu("data/imagenette64-latents")
+
+
+def imagenette64_evaluation() -> EvaluateConfig:
+    """10,000 images against the training photographs; features of a classifier beside the model, or --features."""
+    return EvaluateConfig(num_images=10_000, reference="data/imagenette64:train")
+
+
+def emoji_teacher() -> TrainConfig:
+    """Noto emoji (Apache-2.0), 32x32 colour, ten classes, 64 tokens of 4x4 pixels, on one GPU: 690 epochs. Not run yet.
+
+    Only 1,857 pictures: few updates, dropout, and look whether the images are copies. The data:
+    benchmarks/prepare_data.py, which also says why these classes.
+    """
+    config = pictures_teacher("data/emoji.npz", steps=10_000, batch=128, warmup=500)
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, dropout=0.1))
+
+
+def emoji_cpu_teacher() -> TrainConfig:
+    """Noto emoji on one CPU core in about 100 minutes (276 epochs): `emoji`, made smaller. Not run yet."""
+    return pictures_teacher_on_cpu(emoji_teacher())
+
+
+def emoji_student() -> DistillConfig:
+    """One-step student of the `emoji` teacher, on one GPU: `pictures_student`. Not run yet."""
+    return pictures_student("data/emoji.npz")
+
+
+def emoji_cpu_student() -> DistillConfig:
+    """One-step student of the `emoji-cpu` teacher, on one CPU core. Not run yet."""
+    return pictures_student_on_cpu("data/emoji.npz")
+
+
+def emoji_evaluation() -> EvaluateConfig:
+    """10,000 images, equally many of each class, against the 1,857 training pictures, whose classes are uneven."""
+    return EvaluateConfig(num_images=10_000, reference="data/emoji.npz:train")
 
 
 IMAGENET_IMAGES = 1_281_167
@@ -220,6 +378,12 @@ def imagenet256_h_aligned() -> RLConfig:
 TRAIN = {
     "digits": digits_teacher,
     "fashion-mnist": fashion_mnist_teacher,
+    "cifar10": cifar10_teacher,
+    "cifar10-cpu": cifar10_cpu_teacher,
+    "imagenette64": imagenette64_teacher,
+    "imagenette64-cpu": imagenette64_cpu_teacher,
+    "emoji": emoji_teacher,
+    "emoji-cpu": emoji_cpu_teacher,
     "imagenet256-b": imagenet256_b_teacher,
     "imagenet256-l": imagenet256_l_teacher,
     "imagenet256-h": imagenet256_h_teacher,
@@ -227,6 +391,12 @@ TRAIN = {
 DISTILL = {
     "digits": digits_student,
     "fashion-mnist": fashion_mnist_student,
+    "cifar10": cifar10_student,
+    "cifar10-cpu": cifar10_cpu_student,
+    "imagenette64": imagenette64_student,
+    "imagenette64-cpu": imagenette64_cpu_student,
+    "emoji": emoji_student,
+    "emoji-cpu": emoji_cpu_student,
     "imagenet256-b": imagenet256_b_student,
     "imagenet256-l": imagenet256_l_student,
     "imagenet256-h": imagenet256_h_student,
@@ -234,6 +404,12 @@ DISTILL = {
 RL = {
     "digits": digits_aligned,
     "fashion-mnist": fashion_mnist_aligned,
+    "cifar10": pictures_aligned,
+    "cifar10-cpu": pictures_aligned_on_cpu,
+    "imagenette64": pictures_aligned,
+    "imagenette64-cpu": pictures_aligned_on_cpu,
+    "emoji": pictures_aligned,
+    "emoji-cpu": pictures_aligned_on_cpu,
     "imagenet256-b": imagenet256_b_aligned,
     "imagenet256-l": imagenet256_l_aligned,
     "imagenet256-h": imagenet256_h_aligned,
@@ -241,10 +417,20 @@ RL = {
 EVALUATE = {
     "digits": EvaluateConfig,
     "fashion-mnist": fashion_mnist_evaluation,
+    "cifar10": cifar10_evaluation,
+    "cifar10-cpu": cifar10_evaluation,
+    "imagenette64": imagenette64_evaluation,
+    "imagenette64-cpu": imagenette64_evaluation,
+    "emoji": emoji_evaluation,
+    "emoji-cpu": emoji_evaluation,
     "imagenet256-b": imagenet_evaluation,
     "imagenet256-l": imagenet_evaluation,
     "imagenet256-h": imagenet_evaluation,
 }
+
+
+GRIDS = {"digits": (8, 1), "fashion-mnist": (28, 1), "cifar10": (32, 3), "imagenette64": (8, 32), "emoji": (32, 3)}
+"""Side and channels of what is cut into patches: pixels, or latents."""
 
 
 def sizes(recipe: str, config: Any) -> MARConfig:
@@ -257,7 +443,7 @@ def sizes(recipe: str, config: Any) -> MARConfig:
         return config.model if isinstance(config, TrainConfig) else PRESETS[f"mar-{recipe[-1]}"]
     made = TRAIN[recipe]()
     teacher = config if isinstance(config, TrainConfig) else made
-    patch, (side, channels) = teacher.patch_size, {"digits": (8, 1), "fashion-mnist": (28, 1)}[recipe]
+    patch, (side, channels) = teacher.patch_size, GRIDS[recipe.removesuffix("-cpu")]
     if getattr(config, "data", made.data) != made.data:
         if config.image_size is None or teacher.tokenizer != "pixels":
             raise ValueError("a dry run reads no data: give --image-size and raw pixels, or the folder of a model")
