@@ -258,6 +258,46 @@ def test_rewards_and_spatial_features(tmp_path: Path):
     assert results["left_out"].keys() == {"inception_score", "accuracy"}
 
 
+@pytest.mark.usefixtures("small_chunks")
+def test_before_and_after(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Each half is what an evaluation of that model alone gives; the difference of rewards is taken image by image."""
+    (tmp_path / "mine.py").write_text("def bright(images, prompts):\n    return images.mean((1, 2, 3))\n")
+    bright = f"{tmp_path / 'mine.py'}:bright"
+    settings = config(rewards=f"{bright}, classifier,0.5*reads-class + 1*{bright}", features="")
+    tiny.classifier()  # beside the models: the default of --features, which the rewards ask
+    for name, folder in (("after", tiny.student()), ("before", tiny.teacher())):
+        evaluate_folder(folder, tmp_path / f"{name}.json", settings)
+    capsys.readouterr()
+    out, png = tmp_path / "pair" / "out.json", tmp_path / "png"
+    evaluate_folder(tiny.student(), out, settings, png=png, before=tiny.teacher())
+    printed, pair = capsys.readouterr().out, json.loads(out.read_text())
+    differences = {name: reward.pop("difference") for name, reward in pair["rewards"].items()}
+    halves = {"before": pair.pop("before"), "after": pair}
+    for name, half in halves.items():
+        assert {k: v for k, v in half.items() if k not in FREE} == read(tmp_path / f"{name}.json"), name
+    assert sorted(path.name for path in png.iterdir()) == ["after", "before"]
+
+    drawn = [sample_in_turn(Pipeline.load(f), range(10), 25, seed=0, ar_steps=2)[0] for f in (
+        tiny.student(), tiny.teacher())]  # fmt: skip
+    change = (drawn[0].astype(float) - drawn[1]).mean((1, 2, 3)) / 255
+    assert differences[bright]["mean"] == pytest.approx(change.mean(), rel=1e-4)
+    assert differences[bright]["interval95"] == pytest.approx(1.96 * change.std(ddof=1) / 5, rel=1e-4)
+    unpaired = sum(half["rewards"][bright]["interval95"] ** 2 for half in halves.values()) ** 0.5
+    assert differences[bright]["interval95"] < unpaired
+    assert max(map(len, printed.replace(str(tmp_path), "").splitlines())) <= WIDTH
+    rows = {line.split("  ")[1]: line.split() for line in printed.splitlines() if line.startswith("  ")}
+    assert rows["FID"][1:] == [f"{halves['before']['fid']:.4f}", f"{pair['fid']:.4f}",
+                               f"{pair['fid'] - halves['before']['fid']:+.4f}"]  # fmt: skip
+    assert rows["bright"][-3:] == [f"{change.mean():+.4f}", "+-", f"{differences[bright]['interval95']:.4f}"]
+    assert "teacher; then student" in printed
+    assert sorted(os.listdir(out.parent)) == ["out.json"]
+
+    with pytest.raises(ValueError, match="--before compares two models at one setting: give one --guidance"):
+        evaluate_folder(tiny.student(), out, config(ar_steps="2,4"), before=tiny.teacher())
+    with pytest.raises(ValueError, match="draws other classes or sizes of images than"):
+        evaluate_folder(tiny.student(), tmp_path / "x.json", config(), before=Path("fashion-mnist/student"))
+
+
 def references_features(pooled: torch.Tensor, images: torch.Tensor) -> Any:
     from marval.features import Features
 
@@ -392,6 +432,11 @@ def test_refused(tmp_path: Path):
         ({"ar_steps": "2,99"}, "99"),
         ({"weights": "raw", "reference": str(tmp_path)}, "checkpoint|holds no images"),
         ({"rewards": "nothing"}, "unknown reward 'nothing'"),
+        ({"rewards": "clip:nowhere"}, "'clip:nowhere': 'nowhere' is neither a folder nor a hub name such as"),
+        (
+            {"rewards": "1*reads-class", "features": f"{tmp_path / 'mine.py'}:r"},
+            r"'1\*reads-class' asks the network of --features, and .*mine.py:r is no classifier: name a folder",
+        ),
         ({"rewards": f"{tmp_path / 'mine.py'}:r"}, "the reward returned"),
         ({"order": "upwards"}, "unknown order 'upwards'"),
         ({"inception_weights": "x"}, "--inception-weights goes with"),

@@ -10,8 +10,9 @@ import torch
 from marval.config import RLConfig
 from marval.distributed import connect
 from marval.models.classifier import Classifier
-from marval.monitor import Monitor, class_in_turn, image_statistics, short_name
+from marval.monitor import Monitor, class_in_turn, image_statistics
 from marval.pipeline import Pipeline
+from marval.reward_files import short_name
 from marval.rewards import Reward, UserReward, load_reward
 
 CONFIG = RLConfig(batch=16, ar_steps=4, eval_images=60, prompt="a {class}")
@@ -53,6 +54,7 @@ def test_short_names():
     assert short_name("pickscore:yuvalkirstain/PickScore_v1") == "pickscore"
     assert short_name("some/folder/rewards.py:ink") == "ink"
     assert short_name("reads-class") == "reads-class"
+    assert short_name("1*reads-class + 0.5*a/b.py:ink + 2*clip:x") == "reads-class + ink + clip"
 
 
 def test_what_is_watched(tmp_path: Path):

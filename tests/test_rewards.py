@@ -11,6 +11,7 @@ from torch import Tensor
 from marval.data import load_dataset
 from marval.features import load_features
 from marval.models.classifier import Classifier, train_classifier
+from marval.reward_files import code_files
 from marval.rewards import (
     ClassifierLogProb,
     ReadsClass,
@@ -21,7 +22,6 @@ from marval.rewards import (
     calibrate,
     check_reward,
     class_prompts,
-    code_files,
     load_reward,
     prompt_for,
     score,

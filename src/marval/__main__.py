@@ -211,12 +211,13 @@ def evaluate_verb(args: list[str]) -> None:
 
     def evaluate(
         *, model: Path | None = None, out: Path | None = None, resume: bool = False, png: Path | None = None,
-        save_reference: Path | None = None, dry_run: bool = False, processes: int = 1,
+        save_reference: Path | None = None, before: Path | None = None, dry_run: bool = False, processes: int = 1,
         config: flat(default) = default,  # type: ignore[valid-type]
     ) -> None:  # fmt: skip
         """Frechet distances, Inception Score, KID, precision, recall, accuracy and rewards of a model's images.
 
         Several values of --guidance, --ar-steps or --head-steps make a table of all combinations, and a plot.
+        With --before, two models side by side: rewards before and after RL.
 
         Args:
             model: Folder of a teacher or a student.
@@ -224,6 +225,7 @@ def evaluate_verb(args: list[str]) -> None:
             resume: Go on with an interrupted evaluation.
             png: New folder for the images, which are not kept otherwise.
             save_reference: New .npz for the features and statistics of the reference, to be named as --reference.
+            before: Folder of the model as it was before RL, measured beside it on the same seeds and classes.
             dry_run: Do nothing but print parameters, memory, operations and time.
             processes: Of torchrun, in a dry run.
         """
@@ -232,7 +234,7 @@ def evaluate_verb(args: list[str]) -> None:
             return
         from marval.evaluate import evaluate_folder
 
-        evaluate_folder(needed(model, "model"), needed(out, "out"), config, resume, png, save_reference)
+        evaluate_folder(needed(model, "model"), needed(out, "out"), config, resume, png, save_reference, before)
 
     parse(evaluate, "evaluate", rest)
 

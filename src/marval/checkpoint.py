@@ -216,5 +216,7 @@ def read_raw_weights(folder: Path) -> dict[str, Tensor]:
     part = saved.get("network", saved.get("student")) if isinstance(saved, dict) else None
     if part is None:
         raise ValueError(f"{path} is no checkpoint of marval train, distill or rl: it has no network or student")
+    if any(name.endswith((".up", ".down")) for name in part):
+        raise ValueError(f"{folder} is of a run that trained adapters, which are kept as averages alone: ask for ema")
     prefix = "" if "mask_token" in part else "head."  # the whole MAR, or its head on the teacher's backbone
     return load_tensors(folder / "model.safetensors") | {prefix + name: tensor for name, tensor in part.items()}

@@ -43,16 +43,19 @@ from marval.metrics import (
 from marval.models.classifier import Classifier
 from marval.pipeline import Pipeline
 from marval.reference import Reference, chunk_rows, gather_chunks, load_reference, num_chunks, rounds, split_of
+from marval.reward_files import check_files, listed, parts_of
 from marval.rewards import UserReward, class_prompts, load_reward, score
 from marval.rng import generator
 from marval.run import autocast, is_bf16, new_folder, versions, writable_folder
 from marval.shipped import model_folder
-from marval.tables import check_matplotlib, one_line, plot, result_table, sweep_table
+from marval.tables import check_matplotlib, one_line, pair_table, paired, plot, result_table, sweep_table
 from marval.tokenizers import to_float, to_uint8
 
 SPLITS, NEIGHBOURS = 10, 3
 """Of the Inception Score; of precision and recall."""
 _KID_KEY = 0x41D  # sets the stream of KID's subsets apart from every other use of the seed
+PREFIX, REWARDS_FILE = "reward ", "rewards.npz"
+"""Of the rewards among what is kept of each image; and the file of the rewards alone."""
 Reward = Callable[[Tensor, list[str]], Tensor]
 
 
@@ -121,7 +124,8 @@ def evaluate(
         settings: overrides of the model's sampling defaults.
         rewards: callables (images float NCHW in [0, 1], prompts) -> (B,), by name.
         partial: folder of the finished chunks' features, from which an interrupted evaluation goes on; the caller
-            removes it. png: folder for the images. weights: `weights_digest`, needed if the model is sharded.
+            removes it, with the rewards of each image in it (REWARDS_FILE). png: folder for the images. weights:
+            `weights_digest`, needed if the model is sharded.
 
     Raises:
         ValueError: settings that the model does not serve, a reference of other features, or a ``partial`` of another
@@ -152,9 +156,13 @@ def evaluate(
         if not world.is_main:
             return {}
         if not finished.exists():
-            results, seconds = _summary(model, reference, network, config, folder)
+            columns, moments = _columns(folder, config.num_images)
+            results = _summary(model, reference, network, config, columns, moments)
+            seconds = float(columns["seconds"].median())
             timing = {"seconds_per_image": seconds, "batch": min(config.batch, references.CHUNK)}
             about = {"protocol": protocol, "timing": timing, "versions": versions(world.device)}
+            scored = {name: columns[f"{PREFIX}{name}"].numpy() for name in rewards}
+            write_atomically(folder / REWARDS_FILE, lambda path: _write_arrays(path, scored))
             write_json(finished, results | about)
             for i in range(num_chunks(config.num_images)):
                 (folder / _chunk_file(i)).unlink()
@@ -225,7 +233,7 @@ def _measure_chunks(
         images, labels = images[:own], labels[:own]
         rows = network(images).parts() | {"seconds": torch.full((own,), seconds)}
         for name, reward in rewards.items():
-            rows[f"reward {name}"] = _rewards(reward, images, [prompts[label] for label in labels], model.device)
+            rows[f"{PREFIX}{name}"] = _rewards(reward, images, [prompts[label] for label in labels], model.device)
         if png is not None and world.rank < len(group):
             for i, (image, label) in enumerate(zip(images, labels, strict=True), first):
                 save_png(png / f"{i:06d}_{file_name(model.class_names[label])}.png", image)
@@ -247,13 +255,12 @@ def _rewards(reward: Reward, images: np.ndarray, prompts: list[str], device: tor
     return torch.cat(parts)
 
 
-def _summary(
-    model: Pipeline, reference: Reference, network: FeatureNetwork, config: EvaluateConfig, folder: Path
-) -> tuple[dict[str, Any], float]:
-    """The numbers, from the chunks' files, and the seconds per image (median over chunks)."""
+def _columns(folder: Path, num_images: int) -> tuple[dict[str, Tensor], dict[str, Statistics]]:
+    """What the chunks' files hold of each image, (N, ...) by name, and of each chunk its seconds per image; and the
+    moments of the features, of which the spatial ones are not kept."""
     moments: dict[str, Statistics] = {}
     kept: dict[str, list[Tensor]] = {}
-    for i in range(num_chunks(config.num_images)):
+    for i in range(num_chunks(num_images)):
         with np.load(folder / _chunk_file(i), allow_pickle=False) as file:
             rows = {name: torch.from_numpy(file[name]) for name in file.files}
         for kind in ("pooled", "spatial"):
@@ -261,7 +268,14 @@ def _summary(
                 moments.setdefault(kind, Statistics(rows[kind].shape[1])).add(rows[kind])
         for name in rows.keys() - {"spatial"}:
             kept.setdefault(name, []).append(rows[name][:1] if name == "seconds" else rows[name])
-    columns = {name: torch.cat(parts) for name, parts in kept.items()}
+    return {name: torch.cat(parts) for name, parts in kept.items()}, moments
+
+
+def _summary(
+    model: Pipeline, reference: Reference, network: FeatureNetwork, config: EvaluateConfig,
+    columns: Mapping[str, Tensor], moments: Mapping[str, Statistics],
+) -> dict[str, Any]:  # fmt: skip
+    """The numbers, from `_columns`."""
     pooled, logits, real = columns["pooled"], columns.get("logits"), reference.features
     results: dict[str, Any] = {"fid": frechet_distance(reference.moments, moments["pooled"].moments())}
     left_out: dict[str, str] = {}
@@ -294,29 +308,44 @@ def _summary(
         results["accuracy"] = float((logits.argmax(1) == asked).double().mean())
 
     for name in sorted(columns):
-        if name.startswith("reward "):
+        if name.startswith(PREFIX):
             mean, half = mean_interval(columns[name])
-            results.setdefault("rewards", {})[name.removeprefix("reward ")] = {"mean": mean, "interval95": half}
+            results.setdefault("rewards", {})[name.removeprefix(PREFIX)] = {"mean": mean, "interval95": half}
     if left_out:
         results["left_out"] = left_out
-    return results, float(columns["seconds"].median())
+    return results
+
+
+def _differences(after: Path, before: Path) -> dict[str, Any]:
+    """Mean difference of each reward, after minus before, and its 95 % interval over pairs of images that share seed,
+    noise and class. Two REWARDS_FILEs."""
+    found = {}
+    with np.load(after, allow_pickle=False) as new, np.load(before, allow_pickle=False) as old:
+        for name in new.files:
+            mean, half = mean_interval(torch.from_numpy(new[name]).double() - torch.from_numpy(old[name]).double())
+            found[name] = {"mean": mean, "interval95": half}
+    return found
 
 
 def evaluate_folder(
     folder: Path, out: Path, config: EvaluateConfig, resume: bool = False, png: Path | None = None,
-    save_reference: Path | None = None,
+    save_reference: Path | None = None, before: Path | None = None,
 ) -> None:  # fmt: skip
     """`marval evaluate`: writes ``out`` and prints what is in it; for several settings also a plot beside it.
 
     Args:
-        out: JSON of the results: one row, or {"rows": [...]}. What is finished of it lies in ``<out>.partial``.
+        out: JSON of the results: one row, or {"rows": [...]}. With ``before`` the row also holds that model's, under
+            "before", and of each reward its ``difference``. What is finished of it lies in ``<out>.partial``.
         resume: go on with what lies there.
         png: new folder for the images. save_reference: new .npz for the reference's features and statistics.
+        before: folder of the model as it was before RL, to be measured beside it: same seeds, classes and settings.
 
     Raises:
-        ValueError: no feature network, a bad reference, settings that the model does not serve, or an ``out`` that
-            exists or cannot be written.
+        ValueError: no feature network, a bad reference, settings that the model does not serve, several settings or
+            other classes with ``before``, or an ``out`` that exists or cannot be written.
     """
+    if before is not None and len(config.settings()) > 1:
+        raise ValueError("--before compares two models at one setting: give one --guidance, --ar-steps, --head-steps")
     world = connect(config.device, config.shard)
     rows, partial = config.settings(), out.with_name(f"{out.name}.partial")
     picture = out.with_suffix(".png") if len(rows) > 1 else None
@@ -335,15 +364,26 @@ def evaluate_folder(
     if picture is not None:
         check_matplotlib()
     world.barrier()  # every process has looked at the files before one is written
-    folder = model_folder(folder)
-    model = Pipeline.load(folder, world.device, config.weights)
-    model.require_images()
-    for row in rows:
-        model.settings(**row)
-    network = _load_network(config, folder, world)
+    folders = [model_folder(path) for path in (folder, before) if path is not None]
+    spec = _network_spec(config, folders[0])
+    rewarded = listed(config.rewards)
+    classifier = _classifier(spec, rewarded)
+    for reward in rewarded:
+        check_files(reward, classifier)
+    models = [Pipeline.load(path, world.device, config.weights) for path in folders]
+    for other in models:
+        other.require_images()
+        for row in rows:
+            other.settings(**row)
+    model = models[0]
+    if any(_draws(other) != _draws(model) for other in models):
+        raise ValueError(f"{folders[1]} draws other classes or sizes of images than {folders[0]}: --before is the same "
+                         "model before RL")  # fmt: skip
+    network = _load_network(spec, config, world)
     if not config.shard:
-        model.accelerate()
-    rewards = _load_rewards(config, model)
+        for other in models:
+            other.accelerate()
+    rewards = _load_rewards(rewarded, classifier, config, model)
     if world.is_main:
         writable_folder(out.parent)
         if png is not None and not goes_on:
@@ -353,23 +393,34 @@ def evaluate_folder(
     check_features(model, reference, network)
     if save_reference is not None and world.is_main and not save_reference.exists():
         references.save_reference(save_reference, reference, network)
-    weights = weights_digest(model)
-    world.shard(model.network)
+    digests = [weights_digest(other) for other in models]
+    for other in models:
+        world.shard(other.network)
+    if before is None:
+        several = len(rows) > 1
+        jobs = [(f"{i + 1}/{len(rows)}" if several else "evaluate", f"{i:03d}", 0, row) for i, row in enumerate(rows)]
+    else:
+        several = True
+        jobs = [(name, name, which, rows[0]) for which, name in enumerate(("after", "before"))]
     results = []
-    for i, row in enumerate(rows):
-        title = f"{i + 1}/{len(rows)}" if len(rows) > 1 else "evaluate"
-        place = png / f"{i:03d}" if png is not None and len(rows) > 1 else png
+    for title, name, which, row in jobs:
+        place = png / name if png is not None and several else png
         if place is not None and world.is_main:
             place.mkdir(parents=True, exist_ok=True)
         world.barrier()
         results.append(evaluate(
-            model, reference, network, config, row, world=world, rewards=rewards, png=place, weights=weights,
-            partial=partial / "rows" / f"{i:03d}", title=title,
+            models[which], reference, network, config, row, world=world, rewards=rewards, png=place,
+            weights=digests[which], partial=partial / "rows" / name, title=title,
         ))  # fmt: skip
-        if world.is_main and len(rows) > 1:
+        if world.is_main and several:
             tqdm.write(f"{title}  {one_line(results[-1])}")
     if world.is_main:
-        if picture is None:
+        if before is not None:
+            differences = _differences(*(partial / "rows" / name / REWARDS_FILE for name in ("after", "before")))
+            pair = paired(results[0], results[1], differences)
+            write_json(out, pair)
+            print(pair_table(pair, str(folders[0]), str(folders[1])))
+        elif picture is None:
             write_json(out, results[0])
             print(result_table(results[0], str(folder)))
         else:
@@ -382,27 +433,46 @@ def evaluate_folder(
     world.barrier()
 
 
-def _load_rewards(config: EvaluateConfig, model: Pipeline) -> dict[str, Reward]:
+def _draws(model: Pipeline) -> tuple[Any, ...]:
+    """What two models must have in common whose images are compared one by one."""
+    return model.class_names, model.tokenizer.image_size, model.tokenizer.image_channels
+
+
+def _load_rewards(specs: Sequence[str], classifier: str, config: EvaluateConfig, model: Pipeline) -> dict[str, Reward]:
     """By their names, each tried on a black image."""
-    names, size, channels = model.class_names, model.tokenizer.image_size, model.tokenizer.image_channels
+    _, size, channels = _draws(model)
     rewards: dict[str, Reward] = {}
-    for spec in filter(None, (part.strip() for part in config.rewards.split(","))):
+    for spec in specs:
         rewards[spec] = load_reward(
-            spec, classifier="", class_names=names, template=config.prompt, device=model.device
+            spec, classifier=classifier, class_names=model.class_names, template=config.prompt, device=model.device
         )  # fmt: skip
         black = np.zeros((1, size, size, channels), np.uint8)
-        _rewards(rewards[spec], black, class_prompts(config.prompt, names)[:1], model.device)
+        _rewards(rewards[spec], black, class_prompts(config.prompt, model.class_names)[:1], model.device)
     return rewards
 
 
-def _load_network(config: EvaluateConfig, folder: Path, world: World) -> FeatureNetwork:
+def _network_spec(config: EvaluateConfig, folder: Path) -> str:
+    """--features, or else the classifier beside the model."""
+    beside = folder.resolve().parent / "classifier"
+    if not config.features and not beside.exists():
+        raise ValueError(f"no {beside}: name a network with --features (marval train-classifier makes one)")
+    return config.features or str(beside)
+
+
+def _classifier(spec: str, rewards: Sequence[str]) -> str:
+    """The feature network, where rewards can read it as a classifier; else "", or a ValueError if one has to."""
+    if spec != "inception" and ".py:" not in spec:
+        return spec
+    if needy := [reward for reward in rewards if {"classifier", "reads-class"} & set(parts_of(reward))]:
+        which = "a folder of marval train-classifier, a CIFAR-10 resnet*.th or a mobilenet_v2*.npz"
+        raise ValueError(
+            f"reward {needy[0]!r} asks the network of --features, and {spec} is no classifier: name {which}"
+        )
+    return ""
+
+
+def _load_network(spec: str, config: EvaluateConfig, world: World) -> FeatureNetwork:
     """The first process first: it may have to download the weights."""
-    spec = config.features
-    if not spec:
-        beside = folder.resolve().parent / "classifier"
-        if not beside.exists():
-            raise ValueError(f"no {beside}: name a network with --features (marval train-classifier makes one)")
-        spec = str(beside)
     network = load_features(spec, world.device, config.inception_weights) if world.is_main else None
     world.barrier()
     return network or load_features(spec, world.device, config.inception_weights)

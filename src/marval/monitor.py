@@ -19,6 +19,7 @@ from marval.features import FeatureNetwork, load_features
 from marval.metrics import Statistics, frechet_distance, kernel_distance, precision_recall
 from marval.pipeline import Pipeline
 from marval.reference import Reference, load_reference
+from marval.reward_files import listed, short_name
 from marval.rewards import ClassifierLogProb, ReadsClass, Reward, WeightedSum, class_prompts, load_reward, score
 from marval.rng import generator
 from marval.tokenizers import to_float
@@ -80,12 +81,6 @@ def class_in_turn(i: int, count: int, classes: int) -> int:
     return i * classes // count % classes if count < classes else i % classes
 
 
-def short_name(spec: str) -> str:
-    """pickscore:yuvalkirstain/PickScore_v1 -> pickscore, rewards.py:ink -> ink."""
-    head, _, tail = spec.partition(":")
-    return spec.rpartition(":")[2] if ".py:" in spec else head or tail
-
-
 @dataclass(frozen=True)
 class Monitor:
     """Looks at models on fixed seeds and prompts."""
@@ -118,7 +113,7 @@ class Monitor:
             )  # fmt: skip
 
         rewards = {"reward": reward}
-        for spec in filter(None, (part.strip() for part in config.held_out.split(","))):
+        for spec in listed(config.held_out):
             name = short_name(spec)
             rewards[spec if name in (*rewards, *RESERVED) else name] = load(spec)
         judge = load("classifier", config.judge) if config.judge else None

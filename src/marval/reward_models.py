@@ -170,8 +170,6 @@ class Aesthetic(BaseReward):
     def load(cls, source: str, device: torch.device | str) -> "Aesthetic":
         """``CLIP:HEAD``, a CLIP (see `Clip.load`) and the file of a head (see `aesthetic_head`), or ValueError."""
         name, _, file = source.rpartition(":")
-        if not name or not file:
-            raise ValueError(f"reward 'aesthetic:{source}' needs a CLIP and a head: give aesthetic:CLIP:HEAD.pth")
         head = aesthetic_head(read_state_dict(Path(file))[0], file).to(device)
         clip, width = Clip.load(name, device), next(head.parameters()).shape[1]
         if clip.model.config.projection_dim != width:

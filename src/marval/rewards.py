@@ -2,7 +2,6 @@
 
 import importlib.util
 import math
-import re
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +14,7 @@ from torch import Tensor
 from marval.models.blip import ImageReward
 from marval.models.clip import Clip
 from marval.models.quality import Brisque
+from marval.reward_files import check_files, check_function, summands
 from marval.reward_models import (
     Aesthetic,
     BaseReward,
@@ -28,13 +28,6 @@ from marval.reward_models import (
     load_classifier,
 )
 
-KNOWN = (
-    "classifier, reads-class, pickscore:SOURCE, clip:SOURCE, hps:SOURCE, imagereward:SOURCE, aesthetic:CLIP:HEAD, "
-    "brisque:FOLDER, path/to/file.py:function, verifiable:FILE.py:function, exact-match:FILE.py:function, or a sum "
-    "such as '0.7*pickscore:SOURCE + 0.3*clip:SOURCE'"
-)
-"""Rewards by name, see `load_reward`."""
-_NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?"
 CHUNK = 32
 """Images that a reward sees at a time while it is calibrated."""
 
@@ -181,8 +174,7 @@ def _import_function(spec: str) -> Callable[..., Any]:
     """``path/to/file.py:function``, or a ValueError."""
     file, _, name = spec.rpartition(":")
     path = Path(file)
-    if not path.is_file():
-        raise ValueError(f"reward file {file!r} does not exist: give path/to/file.py:function")
+    check_function(spec)
     module_spec = importlib.util.spec_from_file_location(f"marval_reward_{path.stem}", path)
     if module_spec is None or module_spec.loader is None:
         raise ValueError(f"reward file {file!r} is not a Python file: its name must end in .py")
@@ -200,21 +192,6 @@ def _import_function(spec: str) -> Callable[..., Any]:
     if not callable(function):
         raise ValueError(f"{name!r} of {file!r} is a {type(function).__name__}, not a function: name a function")
     return function
-
-
-def summands(spec: str) -> list[tuple[float, str]]:
-    """Weights and rewards of a sum; none of another reward."""
-    if not re.match(rf"\s*{_NUMBER}\s*\*", spec):
-        return []
-    parts = (part.split("*", 1) for part in re.split(rf"\s\+\s+(?={_NUMBER}\s*\*)", spec))
-    return [(float(weight), part.strip()) for weight, part in parts]
-
-
-def code_files(spec: str) -> list[Path]:
-    """The Python files that a reward is made of."""
-    parts = [part for _, part in summands(spec)] or [spec]
-    functions = (part.removeprefix("verifiable:").removeprefix("exact-match:") for part in parts)
-    return [Path(function.rpartition(":")[0]) for function in functions if ".py:" in function]
 
 
 def load_reward(
@@ -241,7 +218,7 @@ def load_reward(
 
     Raises:
         ValueError: unknown name, no such file or function, a classifier of other classes, or no whole model; names
-            the part of a sum.
+            the part of a sum. See `check_files`.
     """
     if parts := summands(spec):
         rewards = [
@@ -260,6 +237,7 @@ def load_reward(
 def _load_one(
     spec: str, classifier: str, class_names: Sequence[str], template: str, device: torch.device | str
 ) -> BaseReward:
+    check_files(spec, classifier)
     prompts = class_prompts(template, class_names)
     kind, _, source = spec.partition(":")
     models: dict[str, Callable[[], BaseReward]] = {
@@ -273,9 +251,6 @@ def _load_one(
         "exact-match": lambda: exact_match(_import_function(source), dict(zip(prompts, class_names, strict=True))),
     }
     if kind in models:
-        if not source:
-            form = next(form for form in KNOWN.split(", ") if form.startswith(f"{kind}:"))
-            raise ValueError(f"reward {spec!r} needs a model: give {form}")
         reward = models[kind]()
         if isinstance(reward, ClipScore | PickScore):
             reward.clip.texts(prompts)  # kept there; one that is too long is refused now
@@ -284,11 +259,7 @@ def _load_one(
         return reward
     built_in = {"classifier": ClassifierLogProb, "reads-class": ReadsClass}.get(spec)
     if built_in is None:
-        if ":" not in spec:
-            raise ValueError(f"unknown reward {spec!r}: choose {KNOWN}")
         return UserReward(_import_function(spec))
-    if not classifier:
-        raise ValueError(f"reward {spec!r} needs a classifier's folder: make one with marval train-classifier")
     network = load_classifier(classifier, device)
     if not set(class_names) <= set(network.class_names):
         ours, theirs = (", ".join(list(names)[:5]) for names in (class_names, network.class_names))

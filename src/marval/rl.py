@@ -32,7 +32,8 @@ from marval.models.lora import adapt
 from marval.models.mar import MAR
 from marval.monitor import PROBE, Monitor, class_in_turn, image_statistics
 from marval.pipeline import Pipeline
-from marval.rewards import RewardError, WeightedSum, calibrate, check_reward, class_prompts, code_files, load_reward
+from marval.reward_files import check_classifier, check_files, code_files, listed
+from marval.rewards import RewardError, WeightedSum, calibrate, check_reward, class_prompts, load_reward
 from marval.run import Run, Update, add_weighted, autocast, prepare
 from marval.tokenizers import to_float
 from marval.train import save_sample_grid
@@ -62,6 +63,10 @@ def align(config: RLConfig, student_folder: Path, out: Path, resume: bool, best:
     world = connect(config.device, config.shard)
     group = config.group_size if config.algorithm == "group" else 1
     parts = world.parts(config.batch, config.accumulate, group)
+    for spec in (config.reward, *listed(config.held_out)):
+        check_files(spec, config.classifier)
+    if config.judge:
+        check_classifier(config.judge)
     base = Pipeline.load(student_folder, world.device)
     if base.student is None:
         raise ValueError(f"{student_folder} holds a teacher: RL starts from a student of `marval distill`")
@@ -123,7 +128,7 @@ def align(config: RLConfig, student_folder: Path, out: Path, resume: bool, best:
     algorithm = algorithms[config.algorithm](model, reward, config, base.network)
     folders = {"student": str(student_folder), "classifier": config.classifier, "judge": config.judge}
     inputs = {name: Path(path) for name, path in folders.items() if path}
-    code = [file for spec in (config.reward, *config.held_out.split(",")) for file in code_files(spec.strip())]
+    code = [file for spec in (config.reward, *listed(config.held_out)) for file in code_files(spec)]
     run = Run(out, "rl", config, resume, world, inputs | {f"code of {file.name}": file for file in code})
     start = run.restore(stateful, best)
     if isinstance(reward, WeightedSum):

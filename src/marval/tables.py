@@ -6,35 +6,56 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from marval.reward_files import short_name
+
 WIDTH = 98
 """Characters of a line, at most."""
 INK, COLOURS = "#777a80", ("#3565a8", "#b8541a", "#2a7d5c", "#84509c", "#a8871a", "#4f9db0")
 SWEPT = {"guidance": "guidance", "ar_steps": "AR steps", "head_steps": "head steps"}
 
 
-def _with_std(results: Mapping[str, Any], name: str, digits: int, factor: float = 1) -> str:
-    return f"{factor * results[name]:.{digits}f} +- {factor * results[f'{name}_std']:.{digits}f}"
+METRICS = {
+    "FID": ("fid", 4, 1, "Frechet distance of pooled features"),
+    "sFID": ("sfid", 4, 1, "Frechet distance of spatial features"),
+    "Inception Score": ("inception_score", 3, 1, "10 splits by index"),
+    "KID x 1000": ("kid", 4, 1000, "100 subsets of up to 1,000 images, unbiased"),
+    "precision": ("precision", 4, 1, "3 nearest neighbours"),
+    "recall": ("recall", 4, 1, "3 nearest neighbours"),
+    "class accuracy": ("accuracy", 4, 1, "images read as the asked class"),
+}
+"""Title: its name in the results, digits, factor, definition."""
+
+
+def _short_names(results: Mapping[str, Any]) -> dict[str, str]:
+    """What tables call each reward; its whole name where the short one is not its own."""
+    specs = list(results.get("rewards", {}))
+    short = [short_name(spec) for spec in specs]
+    return {spec: name if short.count(name) == 1 else spec for spec, name in zip(specs, short, strict=True)}
+
+
+def _with_interval(reward: Mapping[str, float], sign: str = "") -> str:
+    return f"{reward['mean']:{sign}.4f} +- {reward['interval95']:.4f}"
+
+
+def _measured(results: Mapping[str, Any]) -> dict[str, str]:
+    """Values of what was measured, by title."""
+    found = {}
+    for title, (name, digits, factor, _) in METRICS.items():
+        if name in results:
+            found[title] = f"{factor * results[name]:.{digits}f}"
+            if f"{name}_std" in results:
+                found[title] += f" +- {factor * results[f'{name}_std']:.{digits}f}"
+    for spec, title in _short_names(results).items():
+        found[title] = _with_interval(results["rewards"][spec])
+    return found | {"ms per image": f"{1000 * results['timing']['seconds_per_image']:.4g}"}
 
 
 def _lines(results: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """(metric, value, how it is defined) of what was measured."""
-    found = [("FID", f"{results['fid']:.4f}", "Frechet distance of pooled features")]
-    if "sfid" in results:
-        found.append(("sFID", f"{results['sfid']:.4f}", "Frechet distance of spatial features"))
-    if "inception_score" in results:
-        found.append(("Inception Score", _with_std(results, "inception_score", 3), "10 splits by index"))
-    if "kid" in results:
-        note = "100 subsets of up to 1,000 images, unbiased"
-        found.append(("KID x 1000", _with_std(results, "kid", 4, 1000), note))
-        found.append(("precision", f"{results['precision']:.4f}", "3 nearest neighbours"))
-        found.append(("recall", f"{results['recall']:.4f}", "3 nearest neighbours"))
-    if "accuracy" in results:
-        found.append(("class accuracy", f"{results['accuracy']:.4f}", "images read as the asked class"))
-    for name, reward in results.get("rewards", {}).items():
-        found.append((f"{name}", f"{reward['mean']:.4f} +- {reward['interval95']:.4f}", "mean reward, 95 % interval"))
-    milliseconds = 1000 * results["timing"]["seconds_per_image"]
-    timing = f"drawing, each process, batch {results['timing']['batch']}"
-    return [*found, ("ms per image", f"{milliseconds:.4g}", timing)]
+    notes = {title: note for title, (_, _, _, note) in METRICS.items()}
+    notes |= dict.fromkeys(_short_names(results).values(), "mean reward, 95 % interval")
+    notes["ms per image"] = f"drawing, each process, batch {results['timing']['batch']}"
+    return [(title, value, notes[title]) for title, value in _measured(results).items()]
 
 
 def _protocol(values: Mapping[str, Any]) -> list[str]:
@@ -54,7 +75,48 @@ def result_table(results: Mapping[str, Any], model: str) -> str:
     lines = [model, *(f"  {name:<{wide}}  {value:<{wider}}  {note}" for name, value, note in rows)]
     if "left_out" in results:
         lines += ["left out", *_protocol(results["left_out"])]
-    return "\n".join([*lines, "protocol", *_protocol(results["protocol"])])
+    return "\n".join([*lines, "protocol", *_protocol(results["protocol"] | _rewards(results))])
+
+
+def _rewards(results: Mapping[str, Any]) -> dict[str, str]:
+    """Their whole names, for the protocol."""
+    return {"rewards": ", ".join(results["rewards"])} if results.get("rewards") else {}
+
+
+def paired(after: Mapping[str, Any], before: Mapping[str, Any], differences: Mapping[str, Any]) -> dict[str, Any]:
+    """The results of two models as one: those after, with those ``before``, and with the ``difference`` of each
+    reward."""
+    rewards = {name: {**value, "difference": differences[name]} for name, value in after.get("rewards", {}).items()}
+    return {**after, **({"rewards": rewards} if rewards else {}), "before": dict(before)}
+
+
+def pair_table(pair: Mapping[str, Any], after: str, before: str) -> str:
+    """`paired` results side by side: the rewards, then all else, and the protocol."""
+    values, old = _measured(pair), _measured(pair["before"])
+    differences = {
+        title: f"{factor * (pair[name] - pair['before'][name]):+.{digits}f}"
+        for title, (name, digits, factor, _) in METRICS.items() if title in values and title in old
+    }  # fmt: skip
+    names = _short_names(pair)
+    for spec, title in names.items():
+        differences[title] = _with_interval(pair["rewards"][spec]["difference"], "+")
+    titles = [*names.values(), *(title for title in values if title not in names.values())]
+    table = [("", "before", "after", "after - before")]
+    table += [(title, old.get(title, ""), values[title], differences.get(title, "")) for title in titles]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
+    new, first = pair["protocol"], pair["before"]["protocol"]
+    about = {
+        name: value if first.get(name) == value else f"{first.get(name)}; then {value}" for name, value in new.items()
+    }
+    about |= _rewards(pair)
+    if names:
+        about["+- of rewards"] = (
+            "95 % interval of a mean over the images; of a difference over pairs of images of the same seed and class"
+        )
+    left = ["left out", *_protocol(pair["left_out"])] if "left_out" in pair else []
+    folders = _protocol({"before": before, "after": after})
+    return "\n".join([*folders, *(f"  {line}" for line in lines), *left, "protocol", *_protocol(about)])
 
 
 def one_line(results: Mapping[str, Any]) -> str:
