@@ -133,7 +133,8 @@ class Study:
 
     def measure(self, model: Pipeline, seed: int, scales: Sequence[float]) -> dict[str, dict[str, float]]:
         """Numbers by guidance."""
-        classes, found = range(len(model.class_names)), {}
+        classes = range(len(model.class_names))
+        found: dict[str, dict[str, float]] = {}
         for w in scales:
             images, labels = sample_in_turn(
                 model, classes, self.num_images, FIRST_SEED + seed, ar_steps=self.base.ar_steps, guidance=w
@@ -287,7 +288,7 @@ def ablation_plot(results: Mapping[str, Any], path: Path) -> None:
     """FID over the judge's features, a panel for each axis: every seed, and the mean of each value."""
     check_matplotlib()
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+    from matplotlib.ticker import LogLocator, NullFormatter, NullLocator, StrMethodFormatter
 
     own, key = own_guidance(results), "fid_judge_train"
     figure = Figure(figsize=(13, 6), layout="constrained", dpi=100)
@@ -307,7 +308,7 @@ def ablation_plot(results: Mapping[str, Any], path: Path) -> None:
 
     for axes, (axis, values) in zip(panels, results["axes"].items(), strict=False):
         names = list(values.values())
-        if recipe:
+        if recipe and axis != GUIDANCE:
             axes.axhspan(min(recipe), max(recipe), color=RED, alpha=0.15, linewidth=0)
         if axis == GUIDANCE:
             scales = [f"{w:g}" for w in SCALES]
@@ -326,6 +327,8 @@ def ablation_plot(results: Mapping[str, Any], path: Path) -> None:
                 seconds = [[row["cpu_seconds"] for row in seeds_of(results, name)] for name in names]
                 there = [(statistics.fmean(s), name, text) for s, name, text in zip(seconds, names, values, strict=True)
                          if s]  # fmt: skip
+                axes.set_xscale("log")
+                axes.xaxis.set_minor_locator(NullLocator())
                 draw(axes, [x for x, _, _ in there], [(name, own) for _, name, _ in there], color=BLUE)
                 axes.set_xticks([x for x, _, _ in there], [f"{x:.0f} s\n{text}" for x, _, text in there])
                 title = "updates (and CPU seconds)"
@@ -338,7 +341,7 @@ def ablation_plot(results: Mapping[str, Any], path: Path) -> None:
                 tick.set_color(RED if name == RECIPE else "black")
         axes.set_title(title, fontsize=10)
         axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 6, 8)))
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
         axes.tick_params(labelsize=8)

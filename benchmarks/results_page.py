@@ -151,6 +151,11 @@ def seconds(results: Mapping[str, Any], name: str, batch: int) -> float | None:
     return results["clock"].get(name, {}).get(str(batch), {}).get("seconds_per_image")
 
 
+def milliseconds(seconds: float) -> str:
+    """Three digits, all before the point."""
+    return f"{1000 * seconds:,.0f}" if seconds >= 0.0995 else f"{1000 * seconds:.3g}"
+
+
 def counts_of(rows: Rows) -> list[str]:
     """Numbers of images; first the one to compare at: the largest of those that most rows have."""
     have = [{count for row in found for count in row["values"]} for found in rows.values()]
@@ -175,7 +180,7 @@ def quality_table(results: Mapping[str, Any], rows: Rows, count: str) -> str:
                 label(found[0]), str(found[0]["ar_steps"] or ""),
                 *(mean_and_deviation(values_of(found, count, fid)) for fid in fids),
                 *(mean_and_deviation(values_of(found, count, v), 100) for v in ("precision", "recall", "accuracy")),
-                *("" if time is None else f"{1000 * time:.3g}" for time in times),
+                *("" if time is None else milliseconds(time) for time in times),
                 f"{images[0]:,}", str(len(images)),
             ])  # fmt: skip
     return table(head, lines)
@@ -187,23 +192,28 @@ def verdict(results: Mapping[str, Any], rows: Rows, count: str) -> str:
     student, teacher = f"student-k{own}", f"teacher-k{own}-100-ddpm"
     if not all(values_of(rows.get(name, []), count, "images") for name in (student, teacher)):
         return ""
-    text = f"At K = {own}, {int(count):,} images, FID to the test split:"
+    text = f"At K = {own}, {int(count):,} images, FID to the test split:\n"
     for network in ("classifier", "judge"):
         key = f"fid_{network}_test"
         ours, theirs = (mean_and_deviation(values_of(rows[name], count, key)) for name in (student, teacher))
-        chains = {label(found[0]): mean_of(found, count, key) for found in rows.values()
-                  if found[0]["model"] == "teacher" and found[0]["ar_steps"] == own}  # fmt: skip
-        least = mean_of(rows[student], count, key) or 0.0
-        better = [name.removeprefix("teacher, ") for name, fid in chains.items() if fid is not None and fid < least]
+        least, better = mean_of(rows[student], count, key), []
+        for name, found in rows.items():
+            fid = mean_of(found, count, key)
+            if name.startswith(f"teacher-k{own}-") and fid is not None and least is not None and fid < least:
+                slow, fast = (seconds(results, which, 1) for which in (name, student))
+                times = f" ({slow / fast:.3g})" if slow and fast else ""
+                better.append(label(found[0]).removeprefix("teacher, ") + times)
         text += (
-            f" over the {network}'s features {ours} for the student and {theirs} for its teacher with 100 DDPM steps "
-            f"(settings of the teacher below the student's mean: {'; '.join(better) or 'none'})"
-            + ("," if network == "classifier" else ".")
+            f"\n- over the {network}'s features {ours} for the student, {theirs} for its teacher with 100 DDPM steps. "
+            "Settings of the teacher with a lower mean than the student's, and their time over its time at batch 1: "
+            f"{'; '.join(better) or 'none'}."
         )
     for batch in BATCHES:
         fast, slow = seconds(results, student, batch), seconds(results, teacher, batch)
         if fast and slow:
-            text += f" At batch {batch} the student is {slow / fast:.1f} times as fast as the latter."
+            text += (
+                f"\n- At batch {batch} the student is {slow / fast:.1f} times as fast as its teacher with 100 steps."
+            )
     return text
 
 
@@ -257,7 +267,7 @@ def plot(results: Mapping[str, Any], rows: Rows, count: str, path: Path) -> bool
     chains = [n for n in STEPS if n > 1]
     lines: dict[str, tuple[list[str], dict[str, Any]]] = {
         f"teacher, DDPM, K = {own}": ([f"teacher-k{own}-{n}-ddpm" for n in chains], {"color": BLUE, "marker": "o"}),
-        f"teacher, DDIM, K = {own}": ([f"teacher-k{own}-{n}-ddim" for n in chains], {"color": LIGHT, "marker": "s"}),
+        f"teacher, DDIM, K = {own}": ([f"teacher-k{own}-{n}-ddim" for n in chains], {"color": LIGHT, "marker": "x"}),
     }
     for n, marker in ((100, "^"), (10, "v")) if len(ks) > 1 else ():
         style = {"color": VIOLET, "marker": marker, "linestyle": ":", "markersize": 4}

@@ -180,8 +180,8 @@ def test_the_verdict_names_what_beats_the_student(scripts):
     rows = page.grouped(results)
     assert list(rows) == ["teacher-k8-100-ddpm", "teacher-k8-50-ddim", "teacher-k8-4-ddpm", "student-k8"]
     text = page.verdict(results, rows, "100")
-    assert "2.50 ± 0.71 for the student and 1.10 ± 0.14 for its teacher" in text
-    assert "(settings of the teacher below the student's mean: 100 steps, DDPM; 50 steps, DDIM)" in text
+    assert "2.50 ± 0.71 for the student, 1.10 ± 0.14 for its teacher" in text
+    assert "at batch 1: 100 steps, DDPM (40); 50 steps, DDIM.\n" in text
     assert "At batch 1 the student is 40.0 times as fast" in text
     assert "batch 64" not in text
 
