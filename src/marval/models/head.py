@@ -92,18 +92,23 @@ class DiffusionHead(nn.Module):
         for layer in zeroed:
             nn.init.zeros_(layer.get_parameter("weight"))
 
-    def embed(self, t: Tensor, c: Tensor, w: Tensor | None = None) -> Tensor:
-        """Sum of the embeddings of timestep t (...), condition c (..., E) and, if it is an input, guidance w (...)."""
-        return self.embed_scalars(t, w) + self.cond_embed(c)
-
-    def embed_scalars(self, t: Tensor, w: Tensor | None = None) -> Tensor:
-        """The part of `embed` that no condition is in: the same for all tokens, and once per chain for all its steps."""
+    def _scalars(self, t: Tensor, w: Tensor | None) -> Tensor:
         y = self.time_embed(t)
         if self.guidance_embed is not None:
             if w is None:
                 raise ValueError("this head takes the guidance scale as an input: give w")
             y = y + self.guidance_embed(100 * w)
         return y
+
+    # A sharded head gathers its weights for each of the following, which therefore call none of each other.
+
+    def embed(self, t: Tensor, c: Tensor, w: Tensor | None = None) -> Tensor:
+        """Sum of the embeddings of timestep t (...), condition c (..., E) and, if it is an input, guidance w (...)."""
+        return self._scalars(t, w) + self.cond_embed(c)
+
+    def embed_scalars(self, t: Tensor, w: Tensor | None = None) -> Tensor:
+        """The part of `embed` without the condition: the same for all tokens, once per chain for all its steps."""
+        return self._scalars(t, w)
 
     def embed_condition(self, c: Tensor) -> Tensor:
         """The part of `embed` that depends on the condition: once for all steps of a chain."""
