@@ -137,7 +137,9 @@ def real_features(
         for split, images in parts.items():
             file = cache / f"real-{split}-{len(images)}-{network.digest}.npz"
             if not file.exists():
-                save_reference(file, load_reference(f"{data}:{split}", network), network)
+                reference = load_reference(f"{data}:{split}", network)
+                if not file.exists():  # another process may have been faster
+                    save_reference(file, reference, network)
             features = load_reference(str(file), network).features
             assert features is not None
             found[name][split] = features
