@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from marval.__main__ import main
+from marval.checkpoint import load_state
 from marval.config import DistillConfig, GSIMConfig, RLConfig, TrainConfig
 from marval.distill import distill
 from marval.distributed import World, connect
@@ -115,6 +116,49 @@ def test_loops(processes: int, how: dict[str, object], alone: Path, tmp_path: Pa
     """DDP and FSDP2, in parts and recomputed, are one process with the same batch: the numbers that both log."""
     work_in(processes, tmp_path / "many", **how)
     same(alone, tmp_path / "many")
+
+
+RL_WORK = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {here!r})
+from test_distributed import whole_networks
+from marval.distributed import disconnect
+whole_networks(Path({out!r}), Path({student!r}), Path({classifier!r}))
+disconnect()
+"""
+
+
+def whole_networks(out: Path, student: Path, classifier: Path) -> None:
+    """Two updates of RL, of everything and of adapters, with its anchor."""
+    for trained in ("all", "lora"):
+        config = RLConfig(
+            trained=trained, steps=2, batch=BATCH, ar_steps=2, classifier=str(classifier), log_every=1, sample_every=0,
+            eval_every=2, eval_images=10, range_seeds=2, device="cpu",
+        )  # fmt: skip
+        rl(config, student, out / trained)
+
+
+def test_rl_of_everything_and_of_adapters(tmp_path: Path):
+    """Two processes are one, whatever part of the network is trained."""
+    folders = {"student": str(tiny.student()), "classifier": str(tiny.classifier()), "here": str(HERE)}
+    whole_networks(tmp_path / "one", tiny.student(), tiny.classifier())
+    (tmp_path / "two.py").write_text(RL_WORK.format(out=str(tmp_path / "two"), **folders))
+    torchrun(2, tmp_path / "two.py")
+    start = load_file(tiny.student() / "model.safetensors")
+    for trained in ("all", "lora"):  # what was trained, which need not be better than the start and then is not shipped
+        one, two = (load_state(tmp_path / name / trained / "checkpoint.pt")["student"] for name in ("one", "two"))
+        assert one.keys() == two.keys()
+        moved, apart = torch.zeros(2, dtype=torch.float64)
+        for name, value in one.items():
+            if name in start or name.endswith(".up"):  # these start at zero
+                moved += (value - start.get(name, 0)).abs().sum()
+                apart += (value - two[name]).abs().sum()
+        assert apart < 0.02 * moved, trained  # Adam without momentum turns the sign of a gradient near zero into a step
+        rows = [tiny.metrics(tmp_path / name / trained) for name in ("one", "two")]
+        for x, y in zip(*rows, strict=True):
+            for name in x.keys() - LOCAL:
+                np.testing.assert_allclose(y[name], x[name], **TOLERANCE, err_msg=f"{trained} {name} {x['step']}")
 
 
 def test_accumulation(alone: Path, tmp_path: Path):

@@ -24,6 +24,8 @@ from marval.config import (
 from marval.costs import Work
 from marval.distill import distill
 from marval.dryrun import matmul_rate, plan, table
+from marval.models.lora import adapt
+from marval.models.mar import MAR
 from marval.rl import rl
 from marval.train import train
 
@@ -106,6 +108,34 @@ def test_memory_is_that_of_real_rl(checkpoint: bool, tmp_path: Path):
     anchored = plan("rl", dataclasses.replace(config, anchor=1.0), model, student=StudentConfig(), this_machine=False)
     assert anchored["operations"]["image"] > planned["operations"]["image"]
     assert anchored["memory"]["weights"] > planned["memory"]["weights"]
+
+
+def test_rl_counts_reference_adapters_and_what_is_watched():
+    settings = {"steps": 10, "batch": 16, "ar_steps": 4, "reward": "f.py:g", "eval_images": 20, "device": "cpu"}
+    model = dataclasses.replace(MODEL, depth=1, head_depth=1)
+
+    def planned(**changes: Any) -> dict[str, Any]:
+        return plan("rl", RLConfig(**{**settings, **changes}), model, this_machine=False)
+
+    plain, kl, lora = planned(), planned(kl=0.1), planned(trained="lora", lora_rank=2)
+    network = adapt(MAR(model), 2)
+    heads = plain["parameters"]["trained"] / 2  # student and auxiliary
+    assert lora["parameters"]["trained"] - heads == sum(p.numel() for p in network.parameters())
+    assert lora["memory"]["average"] == 4 * (lora["parameters"]["trained"] - heads)
+    assert kl["operations"]["image"] > 1.2 * plain["operations"]["image"]
+    group = {"algorithm": "group", "anchor": 0.0}
+    once, twice = (planned(**group, inner_updates=n)["operations"]["image"] for n in (1, 2))
+    assert once < twice < 2 * once
+
+    assert plain["operations"]["run"] > 160 * plain["operations"]["image"]  # the looks
+    pytest.importorskip("transformers")
+    watched = planned(held_out="imagereward:a/b,clip:a/b,hps:c/d.pt,aesthetic:e/f:g", eval_every=5)
+    frozen = watched["parameters"]["frozen"]["held-out rewards"]
+    assert frozen == pytest.approx(2 * 427.6e6 + 986.1e6 + 447e6, rel=0.01)  # two ViT-L/14, ViT-H/14, ImageReward
+    assert watched["memory"]["frozen"] == 4 * frozen
+    assert watched["operations"]["image"] == plain["operations"]["image"]
+    looks = watched["operations"]["run"] - 160 * watched["operations"]["image"]
+    assert looks > 20 * 6 * (2 * 162e9 + 335e9 + 120e9)  # of an image through the towers, and more
 
 
 def test_operations_equal_the_closed_form():

@@ -10,17 +10,16 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
 from marval import masking
+from marval.algorithms import Batch, GroupGradient, RewardGradient, Rollout
 from marval.config import (
     DistillConfig,
     EvaluateConfig,
@@ -39,7 +38,10 @@ from marval.features import BATCH
 from marval.importing import KL16
 from marval.matching import ScoreMatching, copy_network, own_part, with_head
 from marval.models.autoencoders import KL, TAESD
+from marval.models.lora import adapt
 from marval.models.mar import MAR
+from marval.reward_costs import scorers
+from marval.reward_files import listed
 from marval.run import Update, autocast, prepare
 from marval.sampling import diffusion_chain, last, one_evaluation, unmask
 from marval.train import teacher_loss
@@ -163,7 +165,7 @@ def _rl(config: RLConfig, model: MARConfig, share: _Share, student: StudentConfi
     matching, updates, ema = _matching(base, config, student)
     network, update = matching.student, updates[0]
     decoder, decode = _decoder(model)
-    scorer, reward, notes = _reward(config.reward)
+    reward, held_out = scorers([config.reward]), scorers(listed(config.held_out))
     draw = one_evaluation(network.head, schedule, student.t_init)
 
     counts = masking.masked_counts(length, config.ar_steps)
@@ -191,14 +193,19 @@ def _rl(config: RLConfig, model: MARConfig, share: _Share, student: StudentConfi
             rewards.sum().backward()
 
     scored = cost_of(score)
-    steps = config.ar_steps if config.algorithm == "group" else config.grad_ar_steps or config.ar_steps
-    with_gradient = _over(range(config.ar_steps), gradient_steps)
+    steps = config.grad_ar_steps or config.ar_steps
     plain = _ar_loop(network, config, config.ar_steps, draw, count)
-    without = config.ar_steps if config.algorithm == "group" else config.ar_steps - steps
-    operations = scored.operations + (steps * with_gradient.operations + without * plain.operations / config.ar_steps)
-    gradients = _bytes(update.parameters)
-    peak = max(scored.peak + gradients, with_gradient.peak)
-    if config.algorithm == "gradient":
+    operations, peak = scored.operations, scored.peak + _bytes(update.parameters)
+    if config.algorithm == "group" or config.kl > 0:  # passes over the finished tokens, one AR step at a time
+        again = _over(range(config.ar_steps), _policy_step(network, base, update, config, student, share))
+        passes = config.inner_updates if config.algorithm == "group" else 1
+        operations, peak = operations + passes * steps * again.operations, max(peak, again.peak)
+    if config.algorithm == "group":
+        operations += plain.operations
+    else:
+        with_gradient = _over(range(config.ar_steps), gradient_steps)
+        operations += steps * with_gradient.operations + (1 - steps / config.ar_steps) * plain.operations
+        peak = max(peak, with_gradient.peak)
         peak += steps * count * length * model.token_dim * 4  # tokens kept between the steps
         if not config.checkpoint_ar_steps and steps > 1:  # and all that a step saves: what a second step adds to one
             two = _over(range(config.ar_steps - 1), lambda k: gradient_steps(k, 2))
@@ -210,11 +217,40 @@ def _rl(config: RLConfig, model: MARConfig, share: _Share, student: StudentConfi
         operations += anchor.operations / share.parts
         peak = max(peak, anchor.peak)
         networks |= {"teacher": matching.teacher, "auxiliary": matching.auxiliary}
-    helpers = {"autoencoder": decoder, "reward": scorer}
+    helpers = {"autoencoder": decoder, "reward": reward.networks, "held-out rewards": held_out.networks}
     cost = Cost(operations, peak)
     state = _state(networks, updates if config.anchor > 0 else updates[:1], ema, cost, count, helpers)
     looked = _decoding(decode, model, min(256, math.ceil(config.eval_images * share.rows / share.total)))
-    return {**state, "between": max(state["between"], looked.peak), "notes": notes}
+    watched = _decoding(lambda tokens: [score(decode(tokens)) for score in (reward, held_out)], model, count)
+    looks = config.eval_images * (config.range_seeds + config.steps // config.eval_every)
+    notes = [*reward.notes, *held_out.notes]
+    if config.judge or config.features or config.classifier:
+        notes.append("judge, classifier and the network of --features are not counted")
+    if config.anchor > 0 and config.trained != "head":
+        how = "whole, as of a student of --trained all" if config.trained == "all" else "as heads on its backbone"
+        notes.append(f"teacher and auxiliary of the student are counted {how}")
+    return {
+        **state, "between": max(state["between"], looked.peak, watched.peak), "notes": notes,
+        "looks": looks * (plain.operations + watched.operations) / count,
+    }  # fmt: skip
+
+
+def _policy_step(
+    network: MAR, base: MAR, update: Update, config: RLConfig, student: StudentConfig, share: _Share
+) -> Callable[[int], None]:
+    """`step_loss` of the algorithm at AR step k: the policy gradient of a black box, the divergence to the base."""
+    count, length, dim = share.part, network.config.num_tokens, network.config.token_dim
+    if config.algorithm == "group":
+        count = max(1, count // config.group_size) * config.group_size
+    labels, orders, tokens = _zeros(count).long(), _zeros(count, length).long(), _zeros(count, length, dim)
+    batch = Batch(labels, [""] * count, orders, tokens, _zeros(count, 1), tokens, frozenset())
+    log_prob = _zeros(count, length)
+    rollout = Rollout(batch, tokens, tokens, _zeros(count), tokens, log_prob)
+    tokenizer = SimpleNamespace(token_range=None)
+    model: Any = SimpleNamespace(network=network, student=student, schedule=cosine_schedule(), tokenizer=tokenizer)
+    make = GroupGradient if config.algorithm == "group" else RewardGradient
+    algorithm = make(model, lambda images, prompts: images.mean((1, 2, 3)), config, base)  # type: ignore[arg-type]
+    return lambda k: _update(update, dataclasses.replace(share, parts=1), algorithm.step_loss, rollout, k)
 
 
 def _evaluate(config: EvaluateConfig, model: MARConfig, share: _Share, student: StudentConfig | None) -> dict[str, Any]:
@@ -233,12 +269,14 @@ def _evaluate(config: EvaluateConfig, model: MARConfig, share: _Share, student: 
         needs_null = student is None and sampling.guidance != 1
         costs.append(_ar_loop(network, config, sampling.ar_steps, draw, share.part, needs_null))
     decoder, decode = _decoder(model)
-    decoded = _decoding(decode, model, min(BATCH, share.part))
+    rewards = scorers(listed(config.rewards))
+    decoded = _decoding(lambda tokens: rewards(decode(tokens)), model, min(BATCH, share.part))
     operations = decoded.operations / min(BATCH, share.part) * share.part
     operations += statistics.mean(cost.operations for cost in costs)
     cost = Cost(operations, max(decoded.peak, *(cost.peak for cost in costs)))
-    state = _state({"network": network}, [], None, cost, share.part, {"autoencoder": decoder})
-    return {**state, "notes": ["features and rewards are not counted"]}
+    helpers = {"autoencoder": decoder, "rewards": rewards.networks}
+    state = _state({"network": network}, [], None, cost, share.part, helpers)
+    return {**state, "notes": ["the network of the features is not counted", *rewards.notes]}
 
 
 def _inputs(model: MARConfig, count: int, num_masked: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -255,18 +293,22 @@ def _matching(
 ) -> tuple[ScoreMatching, list[Update], EMA[Any]]:
     """Student and auxiliary of a frozen teacher, as `marval.distill` makes them; their updates; the average."""
     guidance_input = student_config.guidance_range is not None
+    own = "head" if config.trained == "lora" else config.trained  # of teacher and auxiliary
     with torch.device("meta"):
-        student, auxiliary = (copy_network(base, config.trained, guidance_input) for _ in range(2))
+        student, auxiliary = (copy_network(base, trained, guidance_input) for trained in (config.trained, own))
+    adapters = None
+    if isinstance(config, RLConfig) and config.trained == "lora":
+        adapters = adapt(student, config.lora_rank)
     for network in (student, auxiliary):
         prepare(network, config)
     teacher = base
     if isinstance(config, RLConfig):  # the base is the student's start; the teacher has a head, or all, of its own
         teacher = _frozen(base.config)
-        teacher = with_head(base, teacher.head) if config.trained == "head" else teacher
+        teacher = with_head(base, teacher.head) if own == "head" else teacher
     matching = ScoreMatching(teacher, student, auxiliary, student_config, config.gsim, cosine_schedule())
     updates = []
-    for name, network in (("student", student), ("auxiliary", auxiliary)):
-        updates.append(_new_update(name, own_part(network, base), config))
+    for name, part in (("student", adapters or own_part(student, base)), ("auxiliary", own_part(auxiliary, base))):
+        updates.append(_new_update(name, part, config))
     return matching, updates, EMA(updates[0].module, config.ema)
 
 
@@ -309,7 +351,7 @@ def _ar_loop(network: MAR, config: Any, ar_steps: int, draw: Any, count: int, ne
     return Cost(ar_steps * cost.operations, cost.peak)
 
 
-def _decoding(decode: Callable[[Tensor], Tensor], model: MARConfig, count: int) -> Cost:
+def _decoding(decode: Callable[[Tensor], Any], model: MARConfig, count: int) -> Cost:
     """Of so many images at once, without gradients."""
 
     def work() -> None:
@@ -336,36 +378,6 @@ def _decoder(model: MARConfig) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
             return kl.decode(tokens.transpose(1, 2).reshape(len(tokens), 16, model.grid, model.grid))
 
     return kl, decode
-
-
-def _reward(spec: str) -> tuple[nn.Module, Callable[[Tensor], Tensor], list[str]]:
-    """The network of a reward, a function that scores images with it, and what it leaves out."""
-    kind, _, source = spec.partition(":")
-    if kind not in ("clip", "pickscore"):
-        return nn.Identity(), lambda images: images.mean((1, 2, 3)), ["the reward's network is not counted"]
-    try:
-        import transformers
-    except ImportError:
-        raise ValueError("CLIP needs transformers: pip install 'marval[rewards]'") from None
-    if (Path(source) / "config.json").is_file():
-        config, notes = transformers.CLIPConfig.from_pretrained(source), []
-    else:
-        tower = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 16}
-        text = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
-        config = transformers.CLIPConfig(
-            vision_config={**tower, "patch_size": 14}, text_config=text, projection_dim=1024
-        )
-        notes = [f"{source} is not at hand: a CLIP of the size of PickScore's (ViT-H/14) is counted"]
-    with torch.device("meta"):
-        clip = transformers.CLIPModel(config).requires_grad_(False).eval()
-    size: int = getattr(config.vision_config, "image_size", 224)
-
-    def score(images: Tensor) -> Tensor:
-        x = F.interpolate(images.expand(-1, 3, -1, -1), (size, size), mode="bicubic", antialias=True)
-        with torch.autocast("cpu", enabled=False):
-            return clip.visual_projection(clip.vision_model(pixel_values=x).pooler_output).mean(1)
-
-    return clip, score, notes
 
 
 def _state(
@@ -458,7 +470,7 @@ def plan(
         images, steps = config.steps * total, config.steps
     if images_per_epoch is None and getattr(config, "classes", "") == "imagenet":
         images_per_epoch = IMAGENET
-    operations = found["operations"] * images
+    operations = found["operations"] * images + found.get("looks", 0)  # at held-out images between updates
     rates = {"H200": H200_SHARE * H200_PEAK * processes}
     if this_machine:
         rates = {"this machine": matmul_rate(), **rates}

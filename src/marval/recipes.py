@@ -296,27 +296,41 @@ def imagenet_student() -> DistillConfig:
     )  # fmt: skip
 
 
+PICKSCORE = "pickscore:yuvalkirstain/PickScore_v1"
+HELD_OUT = (
+    "clip:openai/clip-vit-large-patch14,imagereward:THUDM/ImageReward,hps:hpsv2.1/HPS_v2.1_compressed.pt,"
+    "aesthetic:openai/clip-vit-large-patch14:sa_0_4_vit_l_14_linear.pth"
+)
+"""Rewards that the ImageNet recipes measure and never train on: hub names, but for HPSv2.1 and the aesthetic head,
+whose files are the user's to fetch (docs/imagenet.md)."""
+PROMPT = "a high-quality and harmonious picture of {class}"
+
+
 def imagenet_aligned() -> RLConfig:
-    """A student after RL on PickScore, watched by CLIP and ImageReward, which the paper reports as well.
+    """A student after RL on PickScore, watched by CLIP and ImageReward, which the paper reports, HPSv2.1 and aesthetic.
 
     The paper's: 5 epochs on 8 A800 [2nd hand], PickScore, this prompt. Ours: batch 256 in 4 parts, learning rates, K =
-    64, the head alone, the anchor towards the teacher, the early stop on a held-out reward. Give --features and
+    64, the head alone, the anchor towards the teacher, the early stop on the first held-out reward. Give --features and
     --reference, or a --judge, for FID and recall: no file of theirs has a name that everyone knows.
     """
     return RLConfig(
-        reward="pickscore:yuvalkirstain/PickScore_v1", prompt="a high-quality and harmonious picture of {class}",
-        held_out="clip:openai/clip-vit-large-patch14,imagereward:THUDM/ImageReward", select="held-out",
+        reward=PICKSCORE, prompt=PROMPT, held_out=HELD_OUT, select="held-out",
         batch=256, accumulate=4, steps=updates(5, 256), ar_steps=64, ema=0.999, eval_every=500, eval_images=1_000,
         patience=5, gsim=GSIMConfig(lr=1e-6, auxiliary_lr=2e-6), save_every=500, sample_every=500, log_every=20,
     )  # fmt: skip
 
 
 def imagenet_evaluation() -> EvaluateConfig:
-    """FID-50k as ADM and MAR measure it: 50,000 images, 50 per class, Inception features, ADM's statistics.
+    """FID-50k as ADM and MAR measure it: 50,000 images, 50 per class, Inception features, ADM's statistics; PickScore
+    and the held-out rewards of `imagenet_aligned` (``--rewards ""`` for none).
 
-    Guidance and AR steps are those of the model's folder unless given. Dry run: MAR-B teacher, K = 64: 6 minutes.
+    Guidance and AR steps are those of the model's folder unless given. Dry run: MAR-B teacher, K = 64, without rewards:
+    6 minutes.
     """
-    return EvaluateConfig(num_images=50_000, features="inception", reference="VIRTUAL_imagenet256_labeled.npz")
+    return EvaluateConfig(
+        num_images=50_000, features="inception", reference="VIRTUAL_imagenet256_labeled.npz", prompt=PROMPT,
+        rewards=f"{PICKSCORE},{HELD_OUT}",
+    )  # fmt: skip
 
 
 def imagenet256_b_teacher() -> TrainConfig:
