@@ -170,7 +170,7 @@ class Study:
             self.estimate([wanted[name] for name, _ in missing])
         for name, seed in missing:
             start = time.perf_counter()
-            row = self.row(name, wanted[name], seed) | {"seed": seed}
+            row: dict[str, Any] = {**self.row(name, wanted[name], seed), "seed": seed}
             results = self.read()
             results["rows"][f"{name}/{seed}"] = row
             results |= {"name": self.name, "folder": shown_folder(self.folder), "about": about_now(self.teacher.device)}
