@@ -21,6 +21,7 @@ from marval.rewards import (
     WeightedSum,
     calibrate,
     check_reward,
+    check_varies,
     class_prompts,
     load_reward,
     prompt_for,
@@ -177,15 +178,18 @@ def test_a_gradient_that_cannot_teach(function: Callable[[Tensor], Tensor], mess
         check_reward(UserReward(reward), images, list("abcd"))
 
 
-def test_a_constant_black_box_is_warned_of(capsys: pytest.CaptureFixture[str]):
-    images = torch.rand(4, 1, 8, 8)
-    ones = check_reward(UserReward(lambda images, prompts: torch.ones(len(images))), images, list("abcd"))
-    assert ones.tolist() == [1.0] * 4
-    warning = "reward '<lambda>' is 1 for all 4 trial images: nothing is learned while it stays so"
-    assert capsys.readouterr().err == f"marval: warning: {warning}\n"
-    check_reward(UserReward(lambda images, prompts: images.mean((1, 2, 3))), images, list("abcd"))
-    check_reward(UserReward(lambda images, prompts: torch.ones(len(images))), images[:2], list("ab"))
-    assert capsys.readouterr().err == ""
+def test_a_constant_black_box_is_refused():
+    images, prompts = torch.rand(40, 1, 8, 8), ["a digit"] * 40
+
+    def one_of_many(images: Tensor, prompts: list[str]) -> Tensor:
+        return (images == chosen).all((1, 2, 3)).float()
+
+    chosen = images[36]  # in another chunk than the first
+    check_varies(UserReward(one_of_many), images, prompts)
+    with pytest.raises(
+        ValueError, match="reward 'one_of_many' is 0 for all 36 images of the starting student: there is"
+    ):
+        check_varies(UserReward(one_of_many), images[:36], prompts[:36])
 
 
 def test_a_reward_that_raises_names_the_image():

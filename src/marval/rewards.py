@@ -321,7 +321,7 @@ def _failure(reward: Reward, images: Tensor, prompts: list[str], error: Exceptio
 def check_reward(reward: Reward, images: Tensor, prompts: list[str]) -> Tensor:
     """`score` of a trial batch, detached, so that a bad reward is found before any work starts.
 
-    A black box that is the same for four or more images is printed as a warning: a 0/1 reward may well be so.
+    A black box may be the same for all of so few images (`check_varies`).
 
     Args:
         images: of the model to be trained, best of different classes.
@@ -340,9 +340,6 @@ def check_reward(reward: Reward, images: Tensor, prompts: list[str]) -> Tensor:
     name, values = name_of(reward), rewards.detach()
     same = bool((values == values[0]).all())
     if not reward.differentiable:
-        if same and len(values) >= 4:
-            what = f"reward {name!r} is {values[0].item():g} for all {len(values)} trial images"
-            print(f"marval: warning: {what}: nothing is learned while it stays so", file=sys.stderr, flush=True)
         return values
     claim = f"reward {name!r} calls itself differentiable but"
     gradient = None
@@ -357,3 +354,17 @@ def check_reward(reward: Reward, images: Tensor, prompts: list[str]) -> Tensor:
         constant = f": it is {values[0].item():g} for all of them" if same else ""
         raise RewardError(f"{claim} its gradient is zero for all {len(values)} trial images{constant}")
     return values
+
+
+def check_varies(reward: Reward, images: Tensor, prompts: list[str]) -> None:
+    """For black boxes, which learn from differences alone; give many images, since a 0/1 reward may be 1 for most.
+
+    Raises:
+        ValueError: as `score`, or the reward is the same for all images.
+    """
+    starts = range(0, len(images), CHUNK)
+    values = torch.cat([score(reward, images[i : i + CHUNK], prompts[i : i + CHUNK]) for i in starts])
+    if bool((values == values[0]).all()):
+        always = f"is {values[0].item():g} for all {len(values)} images of the starting student"
+        what = f"reward {name_of(reward)!r} {always}"
+        raise RewardError(f"{what}: there is nothing to learn from it; give one that tells images apart")

@@ -33,13 +33,13 @@ from marval.models.mar import MAR
 from marval.monitor import PROBE, Monitor, class_in_turn, image_statistics
 from marval.pipeline import Pipeline
 from marval.reward_files import check_classifier, check_files, code_files, listed
-from marval.rewards import RewardError, WeightedSum, calibrate, check_reward, class_prompts, load_reward
+from marval.rewards import RewardError, WeightedSum, calibrate, check_reward, check_varies, class_prompts, load_reward
 from marval.run import Run, Update, add_weighted, autocast, prepare
 from marval.tokenizers import to_float
 from marval.train import save_sample_grid
 
 CALIBRATION = 200
-"""Images on which the parts of a weighted sum get mean 0 and deviation 1."""
+"""Images on which the parts of a weighted sum get mean 0 and deviation 1, and a black box must not be constant."""
 
 
 def rl(config: RLConfig, student_folder: Path, out: Path, resume: bool = False) -> Pipeline:
@@ -90,7 +90,9 @@ def align(config: RLConfig, student_folder: Path, out: Path, resume: bool, best:
         images = to_float(torch.from_numpy(model.sample(asked, seed=config.seed))).to(world.device)
         return images, [prompts[label] for label in asked]
 
-    check_reward(reward, *drawn(PROBE))
+    trial = check_reward(reward, *drawn(PROBE))
+    if config.algorithm == "group" and bool((trial == trial[0]).all()):
+        check_varies(reward, *drawn(CALIBRATION))
     if config.algorithm == "gradient" and not reward.differentiable:
         raise ValueError(f"reward {config.reward!r} is not differentiable: use --algorithm group")
     if isinstance(reward, WeightedSum):
