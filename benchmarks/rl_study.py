@@ -14,6 +14,7 @@ judge are given.
 import argparse
 import base64
 import dataclasses
+import hashlib
 import io
 import json
 import math
@@ -143,9 +144,10 @@ class Bench:
         self.folder = tempfile.TemporaryDirectory(prefix="rl-study-")
         self.rewards = Path(self.folder.name) / "rewards.py"
         self.rewards.write_text(REWARDS.format(grey=self.study.grey))
-        protocol = {"study": dataclasses.asdict(self.study), "provenance": self.student.provenance}
+        models = {part: digest(run / part) for part in ("teacher", "student", "classifier", "judge")}
+        protocol = {"study": dataclasses.asdict(self.study), "weights": models}
         if self.results.setdefault("protocol", protocol) != protocol:
-            raise SystemExit(f"{self.file} holds a {name} study of another student or other settings: remove it there")
+            raise SystemExit(f"{self.file} holds a {name} study of other models or settings: remove it there")
 
     def stored(self) -> dict[str, Any]:
         return read_json(self.file) if self.file.exists() else {}
@@ -391,6 +393,11 @@ class Bench:
 STAGES = ("algorithms", "anchors", "intermediates", "agreement", "best_of_n", "cost", "memory")
 
 
+def digest(folder: Path) -> str:
+    """Which weights a folder holds."""
+    return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()[:16]
+
+
 def read_line(line: str) -> dict[str, Any]:
     """A line of metrics.jsonl, held-out numbers without their suffix."""
     return {name.removesuffix("_heldout") if "alarms" in line else name: v for name, v in json.loads(line).items()}
@@ -511,7 +518,7 @@ def intermediates_table(rows: dict[str, Any]) -> list[str]:
     return text
 
 
-def other_tables(rows: dict[str, Any]) -> list[str]:
+def other_tables(rows: dict[str, Any], study: dict[str, Any]) -> list[str]:
     text = []
     reached = {name: of(rows, f"agreement/{name}") for name in ("gradient", "group")}
     if all(reached.values()):
@@ -522,7 +529,10 @@ def other_tables(rows: dict[str, Any]) -> list[str]:
             closed = interval([1 - c[-1]["reward"] / c[0]["reward"] for c in curves], percent=True)
             lines.append([name, *rewards, closed, f"{curves[0][-1]['step']:.0f}"])
         head = ["algorithm", "before", "after", "of the gap closed, %", "updates"]
-        text += ["### One optimum, both algorithms", "Reward times 1,000; the best is 0.", table(head, lines)]
+        what = (
+            f"Minus the squared distance of an image's mean brightness to {study['grey']}, times 1,000; the best is 0."
+        )
+        text += ["### One optimum, both algorithms", what, table(head, lines)]
     costs = {key.partition("/")[2]: row for key, row in rows.items() if key.startswith("cost/")}
     if len(costs) == 4:
         lines = [
@@ -546,7 +556,8 @@ def other_tables(rows: dict[str, Any]) -> list[str]:
     if memory:
         names = ("tokens", "recomputed", "stored", "recomputed, peak of the update", "stored, peak of the update")
         lines = [[k, *(f"{row[name] / 2**10:.0f}" for name in names)] for k, row in memory.items()]
-        text += ["### Memory of a rollout", "KiB kept for the gradient, 16 images.", table(["K", *names], lines)]
+        heads = ["K", "its tokens alone", *names[1:]]
+        text += ["### Memory of a rollout", "KiB kept for the gradient, 16 images.", table(heads, lines)]
     return text
 
 
@@ -569,8 +580,8 @@ def write_page() -> None:
             f"{study['pressure']:g}. A run keeps the evaluation that its reward likes best, or what its row says; "
             "numbers and pictures are of that model, on images that chose nothing; alarms are those of its evaluation, "
             "and numbers by update those of all evaluations. Seeds vary RL alone: teacher, student, classifier and "
-            "judge are the same.",
-            *results_table(rows), *anchors_table(rows), *intermediates_table(rows), *other_tables(rows),
+            "judge are the same. A mixture's own reward is the plain sum of its parts; the run normalises them.",
+            *results_table(rows), *anchors_table(rows), *intermediates_table(rows), *other_tables(rows, study),
         ]  # fmt: skip
         if results["pictures"]:
             parts += ["### Side by side", side_by_side(name, results["pictures"])]

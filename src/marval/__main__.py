@@ -25,7 +25,8 @@ USAGE = """usage: marval VERB ...
   export             write a model folder to publish, with a model card
 
 `marval VERB --help` lists a verb's options; for those with recipes, `marval train digits --help`.
-Recipes: digits, imagenet256-b, imagenet256-l, imagenet256-h; --dry-run says what a run needs."""
+Recipes: digits, fashion-mnist; cifar10, imagenette64, emoji (one GPU), also with -cpu; imagenet256-b, -l, -h.
+--dry-run says what a run needs."""
 
 
 def train_verb(args: list[str]) -> None:
@@ -236,7 +237,7 @@ def evaluate_verb(args: list[str]) -> None:
 
         evaluate_folder(needed(model, "model"), needed(out, "out"), config, resume, png, save_reference, before)
 
-    parse(evaluate, "evaluate", rest)
+    parse(evaluate, "evaluate [RECIPE]", rest)
 
 
 def bench_verb(args: list[str]) -> None:
