@@ -1,5 +1,6 @@
 """Evaluations: equal to plain formulas, whatever the batch, the processes and the interruptions; references; sweeps."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -294,8 +295,18 @@ def test_before_and_after(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
 
     with pytest.raises(ValueError, match="--before compares two models at one setting: give one --guidance"):
         evaluate_folder(tiny.student(), out, config(ar_steps="2,4"), before=tiny.teacher())
-    with pytest.raises(ValueError, match="draws other classes or sizes of images than"):
+    with pytest.raises(ValueError, match="draws other classes, images or tokens than"):
         evaluate_folder(tiny.student(), tmp_path / "x.json", config(), before=Path("fashion-mnist/student"))
+
+    other = Pipeline.load(tiny.teacher())  # with other defaults of its own
+    other.sampling = dataclasses.replace(other.sampling, ar_steps=1, guidance=1.0)
+    other.save(tmp_path / "other")
+    features = str(tiny.classifier())
+    for name, folder in (("same", tiny.teacher()), ("other", tmp_path / "other")):
+        evaluate_folder(
+            tiny.student(), tmp_path / f"{name}.json", config(features=features, ar_steps=""), before=folder
+        )
+    assert read(tmp_path / "other.json")["before"]["fid"] == read(tmp_path / "same.json")["before"]["fid"]
 
 
 def references_features(pooled: torch.Tensor, images: torch.Tensor) -> Any:

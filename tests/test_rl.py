@@ -39,6 +39,9 @@ def darkness(images, prompts):
 
 darkness.differentiable = True
 
+def always(images, prompts):
+    return images.new_ones(len(images))
+
 def odd(images, prompts):
     m = images.mean((1, 2, 3))
     return m if images.requires_grad else -m
@@ -423,6 +426,7 @@ def test_what_is_refused(file: Path, tmp_path: Path):
         "unknown reward 'beauty'": {"reward": "beauty"},
         "needs a classifier's folder": {},
         "has no function 'nothing'": {"reward": f"{file}:nothing"},
+        "is 1 for all 200 images of the starting student": {"reward": f"{file}:always", "algorithm": "group"},
         "is the same for all 10 classes": {"prompt": "a digit", "reward": f"{file}:brightness"},
     }
     for message, changes in cases.items():

@@ -338,7 +338,8 @@ def evaluate_folder(
             "before", and of each reward its ``difference``. What is finished of it lies in ``<out>.partial``.
         resume: go on with what lies there.
         png: new folder for the images. save_reference: new .npz for the reference's features and statistics.
-        before: folder of the model as it was before RL, to be measured beside it: same seeds, classes and settings.
+        before: folder of the model as it was before RL, to be measured beside it: same seeds and classes, and the
+            settings of ``folder``'s model.
 
     Raises:
         ValueError: no feature network, a bad reference, settings that the model does not serve, several settings or
@@ -371,13 +372,16 @@ def evaluate_folder(
     for reward in rewarded:
         check_files(reward, classifier)
     models = [Pipeline.load(path, world.device, config.weights) for path in folders]
+    model = models[0]
+    if before is not None:  # not each with its own defaults
+        stored = model.settings(**rows[0])
+        rows = [{name: getattr(stored, name) for name in rows[0]}]
     for other in models:
         other.require_images()
         for row in rows:
             other.settings(**row)
-    model = models[0]
     if any(_draws(other) != _draws(model) for other in models):
-        raise ValueError(f"{folders[1]} draws other classes or sizes of images than {folders[0]}: --before is the same "
+        raise ValueError(f"{folders[1]} draws other classes, images or tokens than {folders[0]}: --before is the same "
                          "model before RL")  # fmt: skip
     network = _load_network(spec, config, world)
     if not config.shard:
@@ -435,12 +439,13 @@ def evaluate_folder(
 
 def _draws(model: Pipeline) -> tuple[Any, ...]:
     """What two models must have in common whose images are compared one by one."""
-    return model.class_names, model.tokenizer.image_size, model.tokenizer.image_channels
+    tokens = model.network.config.grid, model.network.config.token_dim
+    return model.class_names, model.tokenizer.image_size, model.tokenizer.image_channels, *tokens
 
 
 def _load_rewards(specs: Sequence[str], classifier: str, config: EvaluateConfig, model: Pipeline) -> dict[str, Reward]:
     """By their names, each tried on a black image."""
-    _, size, channels = _draws(model)
+    size, channels = model.tokenizer.image_size, model.tokenizer.image_channels
     rewards: dict[str, Reward] = {}
     for spec in specs:
         rewards[spec] = load_reward(

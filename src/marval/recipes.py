@@ -227,7 +227,7 @@ def imagenette64_evaluation() -> EvaluateConfig:
 
 
 def emoji_teacher() -> TrainConfig:
-    """Noto emoji (Apache-2.0), 32x32 colour, ten classes, 64 tokens of 4x4 pixels, on one GPU: 690 epochs. Not run yet.
+    """Noto emoji (Apache-2.0), 32x32 colour, ten classes, 64 tokens of 4x4 pixels, on one GPU: 689 epochs. Not run yet.
 
     Only 1,857 pictures: few updates, dropout, and look whether the images are copies. The data:
     benchmarks/prepare_data.py, which also says why these classes.

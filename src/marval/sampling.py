@@ -70,7 +70,7 @@ def one_evaluation(
 ) -> DrawTokens:  # fmt: skip
     """The student's draw: one evaluation of the head (`gsim.one_step`). Guidance is baked in, or an input.
 
-    In inference mode timestep and guidance are embedded once for each scale.
+    In inference mode timestep and guidance are embedded once per scale: after an update of the head make a new one.
     """
     t = torch.full((), t_init, device=head.input_proj.weight.device)
     embedded: dict[float, Tensor] = {}
@@ -81,11 +81,12 @@ def one_evaluation(
             x = gsim.one_step(lambda x: head.denoise(x, y).chunk(2, -1)[0], temperature * z, schedule, t_init)
             return x if clamp is None else x.clamp(*clamp)
 
-        scalars = embedded.get(w) if isinstance(w, float) else None
+        scale = None if isinstance(w, Tensor) or not torch.is_inference_mode_enabled() else float(w)
+        scalars = None if scale is None else embedded.get(scale)
         if scalars is None:
             scalars = call(("scalars",), head.embed_scalars, t, as_tensor(w, z))
-            if isinstance(w, float) and torch.is_inference_mode_enabled():
-                embedded[w] = scalars
+            if scale is not None:
+                embedded[scale] = scalars
         return call(("student", temperature), evaluate, condition, z, scalars)
 
     return draw
