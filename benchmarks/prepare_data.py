@@ -150,6 +150,8 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("out", type=Path)
     args = parser.parse_args()
+    if args.out.suffix == ".npz" and args.out.exists():
+        parser.error(f"{args.out} exists: choose another OUT, or remove it")
     if (args.folder / "read_data.py").exists():
         splits, class_names = packed(args.folder, args.name)
         if args.name == "fashion-mnist":

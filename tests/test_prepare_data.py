@@ -82,3 +82,11 @@ def test_folder_of_png_holds_the_same(noto: Path, tmp_path: Path, monkeypatch: p
 def test_a_folder_without_emoji_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(SystemExit, match=r"FOLDER must hold emoji_u\*\.png"):
         prepare(monkeypatch, "emoji", tmp_path, tmp_path / "emoji.npz")
+
+
+def test_a_file_is_never_overwritten(noto: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    (tmp_path / "mine.npz").write_bytes(b"mine")
+    with pytest.raises(SystemExit):
+        prepare(monkeypatch, "emoji", noto, tmp_path / "mine.npz")
+    assert "mine.npz exists: choose another OUT, or remove it" in capsys.readouterr().err
+    assert (tmp_path / "mine.npz").read_bytes() == b"mine"

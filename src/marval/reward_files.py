@@ -18,6 +18,8 @@ KNOWN = (
 _NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?"
 _CLIP_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 """Each whole, or in parts that <name>.index.json lists."""
+_CLIP_PROCESSORS = (("preprocessor_config.json",), ("processor_config.json",))
+"""Of CLIPImageProcessor.save_pretrained, and of CLIPProcessor's since transformers 5."""
 _CLIP_TOKENIZERS = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 
 
@@ -123,11 +125,9 @@ def _check_clip(source: str) -> None:
         _check_hub(source, "config.json", "openai/clip-vit-large-patch14")
         return
     folder = path.parent if path.is_file() else path
-    for name in ("config.json", "preprocessor_config.json"):
-        if not (folder / name).is_file():
-            raise ValueError(f"{folder} holds no whole CLIP: {name} is missing")
-    if not any(all((folder / name).is_file() for name in names) for names in _CLIP_TOKENIZERS):
-        raise ValueError(f"{folder} holds no whole CLIP: tokenizer.json is missing")
+    for choices in (("config.json",),), _CLIP_PROCESSORS, _CLIP_TOKENIZERS:
+        if not any(all((folder / name).is_file() for name in names) for names in choices):
+            raise ValueError(f"{folder} holds no whole CLIP: {choices[0][0]} is missing")
     if path.is_file():
         return
     for name in _CLIP_WEIGHTS:
@@ -165,7 +165,9 @@ def _check_imagereward(source: str) -> None:
 
 
 def _check_hub(source: str, file: str, example: str) -> None:
-    """Fetch a small file of a model of the hub, or find it in the cache."""
+    """Fetch a small file of a model of the hub, or find it in the cache; what is named like a file must be one."""
+    if source.endswith((".pt", ".safetensors")):
+        _check_exists(Path(source))
     if source.count("/") != 1 or source.startswith((".", "/")):
         raise ValueError(f"{source!r} is neither a folder nor a hub name such as {example}")
     try:

@@ -24,13 +24,15 @@ METRICS = {
     "class accuracy": ("accuracy", 4, 1, "images read as the asked class"),
 }
 """Title: its name in the results, digits, factor, definition."""
+TIME = "ms per image"
 
 
 def _short_names(results: Mapping[str, Any]) -> dict[str, str]:
-    """What tables call each reward; its whole name where the short one is not its own."""
+    """What tables call each reward; its whole name where the short one is not its own, or that of another row."""
     specs = list(results.get("rewards", {}))
     short = [short_name(spec) for spec in specs]
-    return {spec: name if short.count(name) == 1 else spec for spec, name in zip(specs, short, strict=True)}
+    taken = [*short, *METRICS, TIME]
+    return {spec: name if taken.count(name) == 1 else spec for spec, name in zip(specs, short, strict=True)}
 
 
 def _with_interval(reward: Mapping[str, float], sign: str = "") -> str:
@@ -47,14 +49,14 @@ def _measured(results: Mapping[str, Any]) -> dict[str, str]:
                 found[title] += f" +- {factor * results[f'{name}_std']:.{digits}f}"
     for spec, title in _short_names(results).items():
         found[title] = _with_interval(results["rewards"][spec])
-    return found | {"ms per image": f"{1000 * results['timing']['seconds_per_image']:.4g}"}
+    return found | {TIME: f"{1000 * results['timing']['seconds_per_image']:.4g}"}
 
 
 def _lines(results: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """(metric, value, how it is defined) of what was measured."""
     notes = {title: note for title, (_, _, _, note) in METRICS.items()}
     notes |= dict.fromkeys(_short_names(results).values(), "mean reward, 95 % interval")
-    notes["ms per image"] = f"drawing, each process, batch {results['timing']['batch']}"
+    notes[TIME] = f"drawing, each process, batch {results['timing']['batch']}"
     return [(title, value, notes[title]) for title, value in _measured(results).items()]
 
 
