@@ -126,6 +126,8 @@ def test_rl_counts_reference_adapters_and_what_is_watched():
     group = {"algorithm": "group", "anchor": 0.0}
     once, twice = (planned(**group, inner_updates=n)["operations"]["image"] for n in (1, 2))
     assert once < twice < 2 * once
+    anchored = [planned(**{**group, "anchor": 1.0}, inner_updates=n)["operations"]["image"] for n in (1, 2)]
+    assert anchored[1] - anchored[0] > 1.01 * (twice - once)  # each of them has its own term of the anchor
 
     assert plain["operations"]["run"] > 160 * plain["operations"]["image"]  # the looks
     pytest.importorskip("transformers")
@@ -210,6 +212,70 @@ def test_evaluation_sums_its_settings():
     # the student runs the backbone once per AR step and the head once per token, the teacher twice and 2 x 20 times
     head = 2 * 16 * (4 * 64 + 5 * 64**2 + 2 * 64**2 + 8 * 64)
     assert many - 2 * few == pytest.approx(38 * head, rel=0.05)
+
+
+def of_looks(planned: dict[str, Any]) -> float:
+    """Operations between the updates of a run."""
+    return planned["operations"]["run"] - planned["images"] * planned["operations"]["image"]
+
+
+@pytest.mark.parametrize("token_dim", [4, 16])
+def test_evaluations_of_a_curve_cost_what_evaluating_costs(token_dim: int):
+    """Of pixels and of KL-16's latents: 3 evaluations in 25 updates, the last at the end."""
+    model = MARConfig(**{**SIZES, "token_dim": token_dim}, width=32, depth=1, heads=2, head_width=32, head_depth=1)  # type: ignore[arg-type]
+    watched = {"batch": 8, "steps": 25, "eval_every": 10, "eval_images": 40, "features": "inception", "device": "cpu"}
+    images, latents = 3 * 40, {"pixels": False, "this_machine": False}
+    plans = []
+    for head_steps in (None, 5):
+        made = TrainConfig(**watched, eval_head_steps=head_steps, sampling=SamplingConfig(ar_steps=4, head_steps=20))
+        plans.append(plan("train", made, model, **latents))
+        measured = EvaluateConfig(ar_steps="4", head_steps=str(head_steps or 20), guidance="1.5", batch=8, device="cpu")
+        expected = plan("evaluate", measured, model, **latents)["operations"]["image"]
+        assert of_looks(plans[-1]) == pytest.approx(images * expected, rel=1e-6)
+    made = DistillConfig(**watched, ar_steps=4)
+    plans.append(plan("distill", made, model, **latents))
+    measured = EvaluateConfig(ar_steps="4", batch=8, device="cpu")
+    expected = plan("evaluate", measured, model, student=StudentConfig(), **latents)["operations"]["image"]
+    assert of_looks(plans[-1]) == pytest.approx(images * expected, rel=1e-6)
+    for planned in plans:
+        assert "3 evaluations of 40 images are counted, but for the network of the features" in table(planned)
+        assert ("autoencoder" in planned["parameters"]["frozen"]) == (token_dim == 16)
+    plain = plan("distill", dataclasses.replace(made, eval_every=0, features=""), model, **latents)
+    assert of_looks(plain) == pytest.approx(0, abs=1)
+    assert (plain["notes"], plain["parameters"]["frozen"]) == ([], {})
+    if token_dim == 16:  # decoding takes more than an update of this network
+        assert plans[-1]["memory"]["between"] > plain["memory"]["total"]
+
+
+def test_rl_decodes_once_for_all_rewards():
+    model = MARConfig(grid=4, width=32, depth=1, heads=2, head_width=32, head_depth=1)  # of ImageNet: KL-16
+    config = RLConfig(
+        reward="f.py:g", held_out="f.py:h,f.py:i", batch=8, ar_steps=4, steps=25, eval_every=10, eval_images=40,
+        range_seeds=2, anchor=0.0, device="cpu",
+    )  # fmt: skip
+    measured = EvaluateConfig(ar_steps="4", batch=8, device="cpu")
+    expected = plan("evaluate", measured, model, student=StudentConfig(), this_machine=False)["operations"]["image"]
+    found = of_looks(plan("rl", config, model, this_machine=False))
+    assert found == pytest.approx((2 + 3) * 40 * expected, rel=1e-6)
+
+
+def test_autoencoder_is_that_of_the_recipe_or_of_the_folder():
+    from marval import recipes
+
+    small = {"depth": 1, "head_depth": 1, "width": 32, "heads": 2, "head_width": 32}
+    for name, has in (("fashion-mnist", False), ("imagenet256-b", True)):
+        for verb, made in (("rl", recipes.RL[name]()), ("evaluate", recipes.EVALUATE[name]())):
+            model = dataclasses.replace(recipes.sizes(name, made), **small)
+            if verb == "rl":
+                made = dataclasses.replace(
+                    made, batch=16, reward="f.py:g", held_out="", judge="", select="auto", ar_steps=1
+                )
+            else:
+                made = dataclasses.replace(made, batch=16, guidance="1", ar_steps="1")
+            assert model.token_dim == 16
+            for pixels, expected in ((None, has), (has, not has)):
+                planned = plan(verb, made, model, pixels=pixels, student=StudentConfig(), this_machine=False)
+                assert ("autoencoder" in planned["parameters"]["frozen"]) == expected, (name, verb, pixels)
 
 
 def test_rate_of_this_machine():

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from marval import masking
 from marval.algorithms import Batch, GroupGradient, RewardGradient, Rollout
 from marval.config import (
+    CurveConfig,
     DistillConfig,
     EvaluateConfig,
     MARConfig,
@@ -54,6 +55,10 @@ H200_PEAK, H200_SHARE = 790e12, 0.35
 """Matrix products of an H200 in bf16, operations per second; and the share of it that a run reaches: an assumption,
 not measured yet."""
 ALONE = World(0, 1, torch.device("cpu"))
+DRAWN = 250
+"""Images of an evaluation that a process draws at a time, at most."""
+Decoder = tuple[nn.Module, Callable[[Tensor], Tensor]]
+"""A tokenizer's network, and its function tokens (B, L, D) -> images (B, C, H, W)."""
 
 
 def _frozen(model: MARConfig, guidance_input: bool = False) -> MAR:
@@ -119,7 +124,7 @@ def _update(update: Update, share: _Share, function: Callable[..., Any], *args: 
     update.optimizer.zero_grad()
 
 
-def _train(config: TrainConfig, model: MARConfig, share: _Share) -> dict[str, Any]:
+def _train(config: TrainConfig, model: MARConfig, share: _Share, decoder: Decoder) -> dict[str, Any]:
     network, schedule = _frozen(model).requires_grad_(True), cosine_schedule()
     dim, copies = model.token_dim, config.head_batch_mul
     prepare(network, config)
@@ -138,10 +143,13 @@ def _train(config: TrainConfig, model: MARConfig, share: _Share) -> dict[str, An
         "inference": lambda u: masking.inference_masked_count(model.num_tokens, config.sampling.ar_steps, u),
     }
     cost = _over_masks(ratios[config.mask_ratios], work)
-    return _state({"network": network}, [update], ema, cost, share.parts * count, {})
+    helpers = {"autoencoder": decoder[0]} if config.eval_every else {}
+    state = _state({"network": network}, [update], ema, cost, share.parts * count, helpers)
+    sampling = dataclasses.replace(config.sampling, head_steps=config.eval_head_steps or config.sampling.head_steps)
+    return _with_looks(state, config, _frozen(model), sampling, None, share, decoder[1])
 
 
-def _distill(config: DistillConfig, model: MARConfig, share: _Share) -> dict[str, Any]:
+def _distill(config: DistillConfig, model: MARConfig, share: _Share, decoder: Decoder) -> dict[str, Any]:
     teacher = _frozen(model)
     matching, updates, ema = _matching(teacher, config, config.student)
     ratios = {
@@ -156,15 +164,35 @@ def _distill(config: DistillConfig, model: MARConfig, share: _Share) -> dict[str
         draw = one_evaluation(matching.student.head, matching.schedule, config.student.t_init)
         rolled = _ar_loop(matching.student, config, config.ar_steps, draw, share.part)
         cost.operations += config.rollout * rolled.operations / 2 * share.parts  # on average up to half the steps
-    return _state(networks, updates, ema, cost, images, {})
+    state = _state(networks, updates, ema, cost, images, {"autoencoder": decoder[0]} if config.eval_every else {})
+    sampling = SamplingConfig(ar_steps=config.ar_steps)
+    return _with_looks(state, config, matching.student, sampling, config.student, share, decoder[1])
 
 
-def _rl(config: RLConfig, model: MARConfig, share: _Share, student: StudentConfig) -> dict[str, Any]:
+def _with_looks(
+    state: dict[str, Any], config: CurveConfig, network: MAR, sampling: SamplingConfig, student: StudentConfig | None,
+    share: _Share, decode: Callable[[Tensor], Tensor],
+) -> dict[str, Any]:  # fmt: skip
+    """The state of a run that also measures a copy of its averaged weights (`marval.curve`)."""
+    if not config.eval_every:
+        return state
+    count, looks = min(DRAWN, share.part, config.eval_images), math.ceil(config.steps / config.eval_every)
+    few = min(BATCH, count)
+    drawn = _drawing(network, config, sampling, student, count)
+    decoded = _decoding(decode, network.config, few)
+    what = f"{looks:,} evaluations of {config.eval_images:,} images are counted, but for the network of the features"
+    return {
+        **state, "between": state["between"] + max(drawn.peak, decoded.peak), "notes": [*state["notes"], what],
+        "looks": looks * config.eval_images * (drawn.operations / count + decoded.operations / few),
+    }  # fmt: skip
+
+
+def _rl(config: RLConfig, model: MARConfig, share: _Share, decoder: Decoder, student: StudentConfig) -> dict[str, Any]:
     base = _frozen(model, student.guidance_range is not None)
     length, schedule, count = model.num_tokens, cosine_schedule(), share.part
     matching, updates, ema = _matching(base, config, student)
     network, update = matching.student, updates[0]
-    decoder, decode = _decoder(model)
+    decode = decoder[1]
     reward, held_out = scorers([config.reward]), scorers(listed(config.held_out))
     draw = one_evaluation(network.head, schedule, student.t_init)
 
@@ -198,8 +226,7 @@ def _rl(config: RLConfig, model: MARConfig, share: _Share, student: StudentConfi
     operations, peak = scored.operations, scored.peak + _bytes(update.parameters)
     if config.algorithm == "group" or config.kl > 0:  # passes over the finished tokens, one AR step at a time
         again = _over(range(config.ar_steps), _policy_step(network, base, update, config, student, share))
-        passes = config.inner_updates if config.algorithm == "group" else 1
-        operations, peak = operations + passes * steps * again.operations, max(peak, again.peak)
+        operations, peak = operations + _passes(config) * steps * again.operations, max(peak, again.peak)
     if config.algorithm == "group":
         operations += plain.operations
     else:
@@ -217,12 +244,18 @@ def _rl(config: RLConfig, model: MARConfig, share: _Share, student: StudentConfi
         operations += anchor.operations / share.parts
         peak = max(peak, anchor.peak)
         networks |= {"teacher": matching.teacher, "auxiliary": matching.auxiliary}
-    helpers = {"autoencoder": decoder, "reward": reward.networks, "held-out rewards": held_out.networks}
+    helpers = {"autoencoder": decoder[0], "reward": reward.networks, "held-out rewards": held_out.networks}
     cost = Cost(operations, peak)
     state = _state(networks, updates if config.anchor > 0 else updates[:1], ema, cost, count, helpers)
     looked = _decoding(decode, model, min(256, math.ceil(config.eval_images * share.rows / share.total)))
-    watched = _decoding(lambda tokens: [score(decode(tokens)) for score in (reward, held_out)], model, count)
-    looks = config.eval_images * (config.range_seeds + config.steps // config.eval_every)
+
+    def watch(tokens: Tensor) -> None:
+        images = decode(tokens)
+        reward(images)
+        held_out(images)
+
+    watched = _decoding(watch, model, count)
+    looks = config.eval_images * (config.range_seeds + math.ceil(config.steps / config.eval_every))
     notes = [*reward.notes, *held_out.notes]
     if config.judge or config.features or config.classifier:
         notes.append("judge, classifier and the network of --features are not counted")
@@ -233,6 +266,11 @@ def _rl(config: RLConfig, model: MARConfig, share: _Share, student: StudentConfi
         **state, "between": max(state["between"], looked.peak, watched.peak), "notes": notes,
         "looks": looks * (plain.operations + watched.operations) / count,
     }  # fmt: skip
+
+
+def _passes(config: DistillConfig | RLConfig) -> int:
+    """Updates of the student per batch."""
+    return config.inner_updates if isinstance(config, RLConfig) and config.algorithm == "group" else 1
 
 
 def _policy_step(
@@ -253,28 +291,23 @@ def _policy_step(
     return lambda k: _update(update, dataclasses.replace(share, parts=1), algorithm.step_loss, rollout, k)
 
 
-def _evaluate(config: EvaluateConfig, model: MARConfig, share: _Share, student: StudentConfig | None) -> dict[str, Any]:
+def _evaluate(
+    config: EvaluateConfig, model: MARConfig, share: _Share, decoder: Decoder, student: StudentConfig | None
+) -> dict[str, Any]:
     network = _frozen(model, bool(student and student.guidance_range))
-    noise: Any = SimpleNamespace(device="meta")  # the ddim solver draws none
     costs = []
     for given in config.settings():
         default = SamplingConfig(
             ar_steps=min(64, model.num_tokens), guidance=1.0 if student else 3.0, head_steps=100
         )  # as MAR
         sampling = dataclasses.replace(default, **{name: value for name, value in given.items() if value is not None})
-        if student is None:
-            draw = diffusion_chain(network.head, respace(cosine_schedule(), sampling.head_steps), noise, "ddim")
-        else:
-            draw = one_evaluation(network.head, cosine_schedule(), student.t_init)
-        needs_null = student is None and sampling.guidance != 1
-        costs.append(_ar_loop(network, config, sampling.ar_steps, draw, share.part, needs_null))
-    decoder, decode = _decoder(model)
+        costs.append(_drawing(network, config, sampling, student, share.part))
     rewards = scorers(listed(config.rewards))
-    decoded = _decoding(lambda tokens: rewards(decode(tokens)), model, min(BATCH, share.part))
+    decoded = _decoding(lambda tokens: rewards(decoder[1](tokens)), model, min(BATCH, share.part))
     operations = decoded.operations / min(BATCH, share.part) * share.part
     operations += statistics.mean(cost.operations for cost in costs)
     cost = Cost(operations, max(decoded.peak, *(cost.peak for cost in costs)))
-    helpers = {"autoencoder": decoder, "rewards": rewards.networks}
+    helpers = {"autoencoder": decoder[0], "rewards": rewards.networks}
     state = _state({"network": network}, [], None, cost, share.part, helpers)
     return {**state, "notes": ["the network of the features is not counted", *rewards.notes]}
 
@@ -315,7 +348,7 @@ def _matching(
 def _matching_work(
     matching: ScoreMatching, updates: list[Update], config: DistillConfig | RLConfig, model: MARConfig, share: _Share
 ) -> Callable[[int], None]:
-    """Contexts, then an update of the auxiliary and of the student, with so many masked tokens."""
+    """Contexts, then the updates of the auxiliary and of the student, with so many masked tokens."""
     count, kept = share.part, math.ceil(share.rows / share.part)
 
     def work(num_masked: int) -> None:
@@ -329,10 +362,22 @@ def _matching_work(
         noise = (z[:count], t[:count], eps[:count])
         for _ in range(config.gsim.auxiliary_updates):
             _update(updates[1], share, matching.auxiliary_loss, contexts[0], *noise)
-        _update(updates[0], share, matching.student_loss, contexts[0], *noise)
+        for _ in range(_passes(config)):
+            _update(updates[0], share, matching.student_loss, contexts[0], *noise)
         del others
 
     return work
+
+
+def _drawing(network: MAR, config: Any, sampling: SamplingConfig, student: StudentConfig | None, count: int) -> Cost:
+    """Tokens of so many images from a teacher's whole inner chain, or from a student's one step."""
+    if student is None:
+        noise: Any = SimpleNamespace(device="meta")  # the ddim solver draws none
+        draw = diffusion_chain(network.head, respace(cosine_schedule(), sampling.head_steps), noise, "ddim")
+    else:
+        draw = one_evaluation(network.head, cosine_schedule(), student.t_init)
+    needs_null = student is None and sampling.guidance != 1
+    return _ar_loop(network, config, sampling.ar_steps, draw, count, needs_null)
 
 
 def _ar_loop(network: MAR, config: Any, ar_steps: int, draw: Any, count: int, needs_null: bool = False) -> Cost:
@@ -361,13 +406,13 @@ def _decoding(decode: Callable[[Tensor], Any], model: MARConfig, count: int) -> 
     return cost_of(work)
 
 
-def _decoder(model: MARConfig) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
-    """Images (B, C, H, W) of tokens: MAR's KL-16 for tokens of 16 channels, the tiny autoencoder TAEF2 for those of 32,
-    else pixels; the module and a function."""
-    if model.token_dim == 32:
+def _decoder(model: MARConfig, pixels: bool) -> Decoder:
+    """MAR's KL-16 for latent tokens of 16 channels, the tiny autoencoder TAEF2 for those of 32; else patches of
+    pixels."""
+    if model.token_dim == 32 and not pixels:
         tiny = TAESD(32, (1, 3, 3, 3), (3, 3, 3, 1), pool=True).to("meta").requires_grad_(False).eval()
         return tiny, lambda x: tiny.decode(x.transpose(1, 2).reshape(len(x), 32, model.grid, model.grid)).clamp(0, 1)
-    if model.token_dim != 16:
+    if model.token_dim != 16 or pixels:
         channels = 3 if model.token_dim % 3 == 0 else 1
         side = model.grid * math.isqrt(model.token_dim // channels)
         return nn.Identity(), lambda tokens: tokens.reshape(len(tokens), channels, side, side).clamp(0, 1)
@@ -413,7 +458,7 @@ def _state(
 
 def plan(
     verb: Verb, config: Any, model: MARConfig, processes: int = 1, *, student: StudentConfig | None = None,
-    images_per_epoch: int | None = None, this_machine: bool = True,
+    pixels: bool | None = None, images_per_epoch: int | None = None, this_machine: bool = True,
 ) -> dict[str, Any]:  # fmt: skip
     """What a run with these settings needs; takes seconds and no memory worth mentioning.
 
@@ -422,6 +467,8 @@ def plan(
         model: sizes of the MAR, with the data's grid, token_dim and num_classes.
         processes: of torchrun; with ``config.shard`` weights, gradients, optimizer and average are divided by it.
         student: of the model that `rl` starts from or `evaluate` measures; None there is a teacher (`rl`: the default).
+        pixels: the tokens are patches of pixels, as the tokenizer of a model's folder says. None: those of 16 channels
+            are (grey 4x4 patches, as of the recipe fashion-mnist), but for ImageNet's 1,000 classes (imagenet256-*).
         images_per_epoch: training images; 1,281,167 by default if the classes are ImageNet's.
         this_machine: also measure this machine's rate of matrix products, for about a second.
 
@@ -445,14 +492,17 @@ def plan(
         raise ValueError(f"batch {total} is too small for {processes} processes with {accumulate} parts each: raise it")
     share = _Share(rows, math.ceil(rows / accumulate), min(accumulate, 2), total)
     with without_data():
+        if pixels is None:
+            pixels = model.token_dim == 16 and model.num_classes != 1000
+        decoder, still = _decoder(model, pixels), dataclasses.replace(model, dropout=0.0)
         if verb == "train":
-            found = _train(settings, model, share)
+            found = _train(settings, model, share, decoder)
         elif verb == "distill":
-            found = _distill(settings, dataclasses.replace(model, dropout=0.0), share)
+            found = _distill(settings, still, share, decoder)
         elif verb == "rl":
-            found = _rl(settings, dataclasses.replace(model, dropout=0.0), share, student or StudentConfig())
+            found = _rl(settings, still, share, decoder, student or StudentConfig())
         else:
-            found = _evaluate(settings, model, share, student)
+            found = _evaluate(settings, model, share, decoder, student)
     memory, sharded = found["memory"], bool(getattr(config, "shard", False)) and processes > 1
     if sharded:
         for name in ("weights", "gradients", "optimizer", "average"):
@@ -489,7 +539,7 @@ def plan(
 def _batch(verb: Verb, config: Any, processes: int) -> tuple[int, int]:
     """Images of all processes at a time, and parts of a process's share."""
     if verb == "evaluate":
-        return min(config.num_images, min(250, config.batch) * processes), 1
+        return min(config.num_images, min(DRAWN, config.batch) * processes), 1
     return config.batch, config.accumulate
 
 
@@ -529,7 +579,7 @@ def table(plan: dict[str, Any]) -> str:
         "activations": f"largest sum during an update of {batch['part']} images, temporaries included",
         "frozen": ", ".join(f"{name} {count / 1e6:,.0f} M" for name, count in parameters["frozen"].items()),
         "gathered": "two whole blocks and a block's gradient (estimate)",
-        "between": "instead of gradients and activations, while images are decoded or an average is saved",
+        "between": "instead of gradients and activations, while images are drawn or an average is saved",
         "total": "without PyTorch's own needs and fragmentation: leave 10 % free",
     }
     processes = f"{plan['processes']} process{'es' if plan['processes'] > 1 else ''}"
