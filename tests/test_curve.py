@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -14,9 +15,10 @@ from safetensors.torch import load_file
 from small_codec import make_codec, write_images
 
 from marval.__main__ import main
+from marval.checkpoint import load_state, save_state
 from marval.config import DistillConfig, EvaluateConfig, GSIMConfig, TrainConfig
-from marval.curve import Curve
-from marval.data import load_data
+from marval.curve import Curve, of_images, subset
+from marval.data import ImageDataset, load_data, load_dataset
 from marval.distill import distill
 from marval.distributed import World
 from marval.evaluate import evaluate
@@ -24,6 +26,7 @@ from marval.features import load_features
 from marval.monitor import HELD_OUT_SEED
 from marval.pipeline import Pipeline
 from marval.reference import load_reference
+from marval.run import Run
 from marval.train import train
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -136,12 +139,105 @@ def test_fewer_steps_of_the_chain(tmp_path: Path):
 def test_a_reference_of_its_own(tmp_path: Path):
     """The held-out digits instead of the training ones; no more real images than an evaluation draws, but for FID."""
     data, model = load_data("digits"), Pipeline.load(tiny.student())
-    curves = [Curve(watched(DISTILL, **changes), model, data, ALONE) for changes in ({}, {"reference": "digits:test"})]
+    config, own = watched(DISTILL), watched(DISTILL, reference="digits:test")
+    curves = [Curve(settings, model, data, ALONE) for settings in (config, own)]
+    for curve in curves:
+        curve.begin(Run(tmp_path / "run", "distill", config, True, ALONE), 0)
     assert [curve.reference.count for curve in curves] == [1437, 360]
-    assert all(curve.reference.features is not None and len(curve.reference.features) == 30 for curve in curves)
-    whole = load_reference("digits", load_features(str(tiny.classifier()))).moments
-    assert curves[0].reference.moments.mu == pytest.approx(whole.mu)
-    assert curves[0].reference.moments.sigma == pytest.approx(whole.sigma)
+    whole = [load_reference(name, load_features(config.features)) for name in ("digits", "digits:test")]
+    for curve, reference in zip(curves, whole, strict=True):
+        assert curve.reference.features is not None
+        assert reference.features is not None
+        some = subset(reference.count, config)
+        assert len(some) == 30
+        assert torch.equal(curve.reference.features, reference.features[some]), "drawn first, or afterwards"
+        assert curve.reference.moments.mu == pytest.approx(reference.moments.mu)
+        assert curve.reference.moments.sigma == pytest.approx(reference.moments.sigma)
+
+
+NETWORK = """import gc
+from pathlib import Path
+
+import torch
+
+
+def seen(images):
+    live = {x.untyped_storage().data_ptr(): len(x) for x in gc.get_objects() if type(x) is torch.Tensor and x.ndim == 2}
+    with open(Path(__file__).with_suffix(".txt"), "a") as log:
+        log.write(f"{len(images)} {sum(live.values())}\\n")
+    return torch.cat([images.mean((2, 3)), images.std((2, 3))], 1)
+"""
+
+
+def own_network(folder: Path) -> str:
+    """Features of two numbers, by a function that logs the images of each call, and the rows of all tensors then."""
+    (folder / "net.py").write_text(NETWORK)
+    return f"{folder / 'net.py'}:seen"
+
+
+def test_no_more_features_in_memory_than_are_used(tmp_path: Path):
+    images = np.random.default_rng(0).integers(0, 256, (2500, 2, 2, 1), np.uint8)
+    data = ImageDataset(images, np.zeros(2500, np.int64), ["noise"], "noise", "none")
+    some = subset(2500, watched(TRAIN))
+    reference = of_images(data, load_features(own_network(tmp_path)), ALONE, some)
+    assert reference.features is not None
+    mean = torch.from_numpy(images[some.numpy()] / 255).mean((1, 2, 3))
+    assert torch.allclose(reference.features[:, 0].double(), mean, atol=1e-6)
+    calls = [[int(number) for number in line.split()] for line in (tmp_path / "net.txt").read_text().splitlines()]
+    assert sum(count for count, _ in calls) == 2500
+    assert max(rows for _, rows in calls) < 1500
+
+
+def test_no_work_before_the_folder_is_looked_at(tmp_path: Path):
+    """Nor for a run that is finished: the network sees one image, to see whether it can."""
+    config, log = watched(TRAIN, steps=2, eval_every=2, features=own_network(tmp_path)), tmp_path / "net.txt"
+    train(config, tmp_path / "run")
+    assert sum(int(line.split()[0]) for line in log.read_text().splitlines()) > 1437
+    log.unlink()
+    with pytest.raises(ValueError, match="already holds a run"):
+        train(config, tmp_path / "run")
+    train(config, tmp_path / "run", resume=True)
+    assert [line.split()[0] for line in log.read_text().splitlines()] == ["1", "1"]
+    distilled = watched(DISTILL, steps=2, eval_every=2, features=config.features)
+    distill(distilled, tiny.teacher(), tmp_path / "student")
+    log.unlink()
+    with pytest.raises(ValueError, match="already holds a run"):
+        distill(distilled, tiny.teacher(), tmp_path / "student")
+    distill(distilled, tiny.teacher(), tmp_path / "student", resume=True)
+    assert [line.split()[0] for line in log.read_text().splitlines()] == ["1", "1"]
+
+
+def test_a_resume_needs_the_same_network_and_reference(tmp_path: Path):
+    images = load_dataset("digits", "test").images
+    np.savez(tmp_path / "real.npz", images=images)
+    config = watched(TRAIN, steps=1, features=own_network(tmp_path), reference=str(tmp_path / "real.npz"))
+    train(config, tmp_path / "run")
+    meta = tmp_path / "run" / "meta.json"
+    meta.write_text(meta.read_text().replace('"steps": 1', '"steps": 2'))  # as if it had been stopped halfway
+    config = dataclasses.replace(config, steps=2)
+
+    np.savez(tmp_path / "real.npz", images=images[:180])
+    with pytest.raises(
+        ValueError, match=r"was begun with another reference than .*real\.npz, images as they are: their"
+    ):
+        train(config, tmp_path / "run", resume=True)
+    np.savez(tmp_path / "real.npz", images=images)
+    was = load_features(config.features).digest
+    (tmp_path / "net.py").write_text(f"{NETWORK}\n")
+    now = load_features(config.features).digest
+    with pytest.raises(
+        ValueError, match=f"features sha256 {was}, .*net.py:seen has {now}: put back what the run began"
+    ):
+        train(config, tmp_path / "run", resume=True)
+    assert list(quality(tmp_path / "run")) == [1]
+    own_network(tmp_path)
+    state = load_state(tmp_path / "run" / "checkpoint.pt")
+    del state["extra"]["network"], state["extra"]["reference"]  # as runs had none before
+    save_state(tmp_path / "old.pt", state)
+    train(config, tmp_path / "run", resume=True)
+    (tmp_path / "old.pt").rename(tmp_path / "run" / "checkpoint.pt")
+    train(config, tmp_path / "run", resume=True)
+    assert list(quality(tmp_path / "run")) == [1, 2]
 
 
 def test_a_run_that_began_before_there_were_evaluations_goes_on(tmp_path: Path):
@@ -157,6 +253,7 @@ def test_a_run_that_began_before_there_were_evaluations_goes_on(tmp_path: Path):
 
 
 def test_what_is_refused_before_any_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    np.savez(wrong := tmp_path / "wrong.npz", mu=np.zeros(3), sigma=np.eye(3))
     for flags, message in (
         (["--eval-every", 4], "eval_every 4 needs the network of FID: name it with --features (inception, a folder"),
         (["--features", "inception"], "features inception is for evaluations: say how often, --eval-every"),
@@ -165,7 +262,8 @@ def test_what_is_refused_before_any_work(tmp_path: Path, capsys: pytest.CaptureF
         (["--eval-every", 4, "--features", "x", "--eval-images", 1], "eval_images must be at least 2"),
         (["--eval-every", 4, "--features", "x", "--eval-head-steps", 0], "eval_head_steps must be at least 1, got 0"),
         (["--eval-every", 4, "--features", tmp_path / "none"], "no feature network"),
-        (["--eval-every", 4, "--features", tiny.classifier(), "--reference", tmp_path / "none"], "none"),
+        (["--eval-every", 4, "--features", tiny.classifier(), "--reference", tmp_path / "none"], "none does not exist"),
+        (["--eval-every", 4, "--features", tiny.classifier(), "--reference", wrong], "3 pooled features, penultimate"),
     ):
         assert message in tiny.refused(capsys, "train", "digits", *flags, "--out", tmp_path / "run")
         assert not (tmp_path / "run").exists()

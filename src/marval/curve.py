@@ -8,6 +8,7 @@ RL has more to watch than quality, and its own evaluations: marval.monitor.
 
 import dataclasses
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,14 @@ from marval.latents import LatentDataset
 from marval.metrics import Statistics
 from marval.monitor import HELD_OUT_SEED
 from marval.pipeline import Pipeline
-from marval.reference import Reference, features_in_chunks, load_reference
+from marval.reference import Reference, features_in_chunks, load_reference, split_of
 from marval.rng import generator
 from marval.run import Run
 
 MEASURES = ("fid", "kid", "precision", "recall", "accuracy")
 _SUBSET_KEY = 0x5B5E  # sets the choice of real images apart from every other use of the seed
+_SAME = 1e-5
+"""Largest squared distance, over the variance, of means that count as of the same images: devices round differently."""
 
 
 class Curve:
@@ -42,7 +45,8 @@ class Curve:
         head_steps: of a teacher's inner chain, in place of the model's default.
 
     Attributes:
-        best: ``fid`` and ``step`` of the best evaluation, the ``misses`` since, why to ``stop``; saved with the run.
+        best: ``fid`` and ``step`` of the best evaluation, the ``misses`` since, why to ``stop``; the digest of the
+            ``network`` and the mean features (F,) of the ``reference``. Saved with the run.
 
     Raises:
         ValueError: a network or a reference that does not exist or does not suit the images, or no images at all.
@@ -52,7 +56,7 @@ class Curve:
         self, config: CurveConfig, model: Pipeline, data: ImageDataset | LatentDataset, world: World,
         head_steps: int | None = None,
     ):  # fmt: skip
-        self.config, self.world, self.head_steps = config, world, head_steps
+        self.config, self.model, self.data, self.world, self.head_steps = config, model, data, world, head_steps
         self.best: dict[str, Any] = {"fid": float("inf"), "step": 0, "misses": 0, "stop": ""}
         if not config.eval_every:
             return
@@ -64,25 +68,50 @@ class Curve:
         network = load_features(config.features, world.device) if world.is_main else None
         world.barrier()  # the first process may have had to download it
         self.network = network or load_features(config.features, world.device)
-        self.reference = self._reference(model, data, self.network)
-        check_features(model, self.reference, self.network)
+        self.best["network"] = self.network.digest
+        size, channels = model.tokenizer.image_size, model.tokenizer.image_channels
+        self.network(np.zeros((1, size, size, channels), np.uint8))
+        if config.reference and not needs_features(config.reference):
+            check_features(model, load_reference(config.reference, self.network, size, channels, world), self.network)
 
-    def _reference(self, model: Pipeline, data: ImageDataset | LatentDataset, network: FeatureNetwork) -> Reference:
+    def begin(self, run: Run, start: int) -> None:
+        """Look at the reference, unless no evaluation is left; to be called once the run restored `best`.
+
+        Raises:
+            ValueError: the run went up to here with another network or reference, or the reference cannot be read.
+        """
+        config, best = self.config, self.best
+        if not config.eval_every:
+            return
+        remedy = "put back what the run began with, or choose another --out"
+        if best["network"] != self.network.digest:
+            was, now = best["network"], self.network.digest
+            raise ValueError(f"{run.out} was begun with features sha256 {was}, {config.features} has {now}: {remedy}")
+        if start >= config.steps or best["stop"]:
+            return
+        self.reference = self._reference()
+        check_features(self.model, self.reference, self.network)
+        mean, variance = self.reference.moments.mu, self.reference.moments.sigma.trace()
+        moved = ((mean - best.setdefault("reference", torch.from_numpy(mean)).numpy()) ** 2).sum()
+        if moved > _SAME * variance:
+            what = f"{self.reference.name}, {self.reference.source}"
+            shift = f"their mean features are {(moved / variance) ** 0.5:.2g} standard deviations away"
+            raise ValueError(f"{run.out} was begun with another reference than {what}: {shift}: {remedy}")
+
+    def _reference(self) -> Reference:
         """What the settings name, or the training images; the features of no more images than an evaluation draws.
 
         FID takes the statistics of all. Precision and recall depend on the number of images that span their balls, and
         take time in proportion to its square.
         """
-        config = self.config
-        if config.reference or isinstance(data, LatentDataset):
-            sizes = model.tokenizer.image_size, model.tokenizer.image_channels
-            found = load_reference(config.reference, network, *sizes, self.world)
-        else:
-            found = of_images(data, network, self.world)
-        if found.features is None or len(found.features) <= config.eval_images:
+        config, tokenizer = self.config, self.model.tokenizer
+        if not config.reference and not isinstance(self.data, LatentDataset):
+            return of_images(self.data, self.network, self.world, subset(len(self.data), config))
+        sizes = tokenizer.image_size, tokenizer.image_channels
+        found = load_reference(config.reference, self.network, *sizes, self.world)
+        if found.features is None:
             return found
-        some = torch.randperm(len(found.features), generator=generator(config.seed, _SUBSET_KEY))
-        return dataclasses.replace(found, features=found.features[some[: config.eval_images]])
+        return dataclasses.replace(found, features=found.features[subset(len(found.features), config)])
 
     def look(self, model: Pipeline, step: int, run: Run) -> bool:
         """Measure the averaged model after ``step`` updates, on all processes; whether it is the best so far.
@@ -119,20 +148,50 @@ class Curve:
         return better
 
 
-def of_images(data: ImageDataset, network: FeatureNetwork, world: World) -> Reference:
-    """The training images as a network sees them."""
-    images, statistics = data.images, None
-    features: list[Tensor] = []
+def needs_features(reference: str) -> bool:
+    """Whether `load_reference` takes a while: there are images to look at, not statistics or an unreadable file alone.
+
+    Raises:
+        ValueError: nothing of this name exists.
+    """
+    path = Path(split_of(reference)[0])
+    if str(path) != "digits" and not path.exists():
+        raise ValueError(f"reference {reference} does not exist: give a folder of images, or an .npz of statistics")
+    if path.suffix != ".npz" or path.is_dir():
+        return True
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as file:
+        arrays = {name.removesuffix(".npy") for name in file.namelist()}
+    return bool(arrays & {"arr_0", "images"}) and not arrays >= {"mu", "features"}
+
+
+def subset(count: int, config: CurveConfig) -> Tensor:
+    """Numbers of the real images, of so many, whose features an evaluation compares with: `eval_images` at most."""
+    if count <= config.eval_images:
+        return torch.arange(count)
+    return torch.randperm(count, generator=generator(config.seed, _SUBSET_KEY))[: config.eval_images]
+
+
+def of_images(data: ImageDataset, network: FeatureNetwork, world: World, some: Tensor) -> Reference:
+    """The training images as a network sees them: moments of all, features of those with the numbers ``some`` (M,)."""
+    images, statistics, features, start = data.images, None, torch.empty(0), 0
+    row_of = torch.full((len(images),), -1)
+    row_of[some] = torch.arange(len(some))
 
     def read(rows: range) -> np.ndarray:
         return images[np.array(rows)]
 
     for part in features_in_chunks(len(images), read, network, world, "reference"):
-        features.append(part["pooled"])
-        statistics = statistics or Statistics(features[0].shape[1])
-        statistics.add(features[-1])
+        pooled = part["pooled"]
+        if statistics is None:
+            statistics, features = Statistics(pooled.shape[1]), pooled.new_empty(len(some), pooled.shape[1])
+        statistics.add(pooled)
+        rows = row_of[start : start + len(pooled)]
+        features[rows[rows >= 0]] = pooled[rows >= 0]
+        start += len(pooled)
     assert statistics is not None
-    return Reference(data.source, "training images", len(images), statistics.moments(), None, torch.cat(features))
+    return Reference(data.source, "training images", len(images), statistics.moments(), None, features)
 
 
 def folder(out: Path) -> Path:

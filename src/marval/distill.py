@@ -103,6 +103,7 @@ def distill(config: DistillConfig, teacher_folder: Path, out: Path, resume: bool
         },
         curve.best,
     )  # fmt: skip
+    curve.begin(run, start)
     labels_of_data = torch.from_numpy(data.labels)
     counts = masking.masked_counts(length, config.ar_steps)
     clamp = tokenizer.token_range

@@ -115,6 +115,7 @@ def train(config: TrainConfig, out: Path, resume: bool = False) -> Pipeline:
     ema = EMA(network, config.ema, blank)
     run = Run(out, "train", config, resume, world)
     start = run.restore({"network": network, "ema": ema, "optimizer": optimizer}, curve.best)
+    curve.begin(run, start)
 
     def averaged() -> Pipeline:
         provenance = {"verb": "train", "data": data.source, "data_licence": data.licence}
