@@ -224,7 +224,8 @@ def test_evaluations_of_a_curve_cost_what_evaluating_costs(token_dim: int):
     """Of pixels and of KL-16's latents: 3 evaluations in 25 updates, the last at the end."""
     model = MARConfig(**{**SIZES, "token_dim": token_dim}, width=32, depth=1, heads=2, head_width=32, head_depth=1)  # type: ignore[arg-type]
     watched = {"batch": 8, "steps": 25, "eval_every": 10, "eval_images": 40, "features": "inception", "device": "cpu"}
-    images, latents = 3 * 40, {"pixels": False, "this_machine": False}
+    images = 3 * 40
+    latents: dict[str, Any] = {"pixels": False, "this_machine": False}
     plans = []
     for head_steps in (None, 5):
         made = TrainConfig(**watched, eval_head_steps=head_steps, sampling=SamplingConfig(ar_steps=4, head_steps=20))
@@ -263,19 +264,18 @@ def test_autoencoder_is_that_of_the_recipe_or_of_the_folder():
     from marval import recipes
 
     small = {"depth": 1, "head_depth": 1, "width": 32, "heads": 2, "head_width": 32}
-    for name, has in (("fashion-mnist", False), ("imagenet256-b", True)):
-        for verb, made in (("rl", recipes.RL[name]()), ("evaluate", recipes.EVALUATE[name]())):
-            model = dataclasses.replace(recipes.sizes(name, made), **small)
-            if verb == "rl":
-                made = dataclasses.replace(
-                    made, batch=16, reward="f.py:g", held_out="", judge="", select="auto", ar_steps=1
-                )
-            else:
-                made = dataclasses.replace(made, batch=16, guidance="1", ar_steps="1")
-            assert model.token_dim == 16
-            for pixels, expected in ((None, has), (has, not has)):
-                planned = plan(verb, made, model, pixels=pixels, student=StudentConfig(), this_machine=False)
-                assert ("autoencoder" in planned["parameters"]["frozen"]) == expected, (name, verb, pixels)
+    cheap = {"batch": 16, "ar_steps": 1, "anchor": 0.0, "reward": "f.py:g", "held_out": "", "select": "reward"}
+    runs: list[tuple[Any, str, Any, bool]] = [
+        ("rl", "fashion-mnist", dataclasses.replace(recipes.RL["fashion-mnist"](), **cheap), False),
+        ("evaluate", "fashion-mnist", recipes.EVALUATE["fashion-mnist"](), False),
+        ("evaluate", "imagenet256-b", recipes.EVALUATE["imagenet256-b"](), True),
+    ]
+    for verb, name, config, has in runs:
+        model = dataclasses.replace(recipes.sizes(name, config), **small)
+        assert model.token_dim == 16
+        for pixels, expected in ((None, has), (has, not has)):
+            planned = plan(verb, config, model, pixels=pixels, student=StudentConfig(), this_machine=False)
+            assert ("autoencoder" in planned["parameters"]["frozen"]) == expected, (name, verb, pixels)
 
 
 def test_rate_of_this_machine():
