@@ -132,8 +132,12 @@ def plan(verb: Any, recipe: str, config: Any, folder: Path | None, processes: in
     from marval import dryrun, recipes
     from marval.pipeline import read_config
 
-    sizes, student = (recipes.sizes(recipe, config), None) if folder is None else read_config(folder)[:2]
-    print(dryrun.table(dryrun.plan(verb, config, sizes, processes, student=student)))
+    if folder is None:
+        sizes, student, pixels = recipes.sizes(recipe, config), None, None
+    else:
+        sizes, student, made = read_config(folder)
+        pixels = made["tokenizer"]["kind"] == "pixels"
+    print(dryrun.table(dryrun.plan(verb, config, sizes, processes, student=student, pixels=pixels)))
 
 
 def quickstart_verb(args: list[str]) -> None:
