@@ -115,7 +115,7 @@ def _table(numbers: Path, pipeline: Pipeline, name: str) -> str:
     try:
         measured = {row["protocol"]["model"] for row in rows}
         text = sweep_table(rows, name) if "rows" in results else result_table(results, name)
-    except (KeyError, TypeError, IndexError) as error:
+    except (AttributeError, KeyError, TypeError, IndexError) as error:
         raise ValueError(f"{numbers} is no result of marval evaluate: {type(error).__name__} {error}") from None
     if measured != {weights_digest(pipeline)}:
         raise ValueError(f"{numbers} holds numbers of other weights ({', '.join(measured)}): evaluate this model")
