@@ -13,7 +13,7 @@ import marval
 from marval import masking, sampling
 from marval.checkpoint import load_tensors, save_tensors
 from marval.config import SamplingConfig, StudentConfig
-from marval.diffusion import cosine_schedule
+from marval.diffusion import cosine_schedule, respace
 from marval.pipeline import Pipeline
 from marval.rng import ImageNoise, generator
 from marval.tokenizers import PixelTokenizer
@@ -254,14 +254,17 @@ def test_unmask_runs_the_null_class_only_for_guidance(make):
 
 @pytest.fixture
 def rollout(tiny_mar):
-    """``rollout(**options)`` -> (tokens, gradient of every parameter) of a student's differentiable rollout."""
+    """``rollout(**options)`` -> (tokens, gradient of every parameter) of a student's differentiable rollout, or, with
+    ``chain``, of a teacher's with two denoising steps."""
     network = tiny_mar()
-    draw = sampling.one_evaluation(network.head, cosine_schedule(), 755)
+    one = sampling.one_evaluation(network.head, cosine_schedule(), 755)
     noise = ImageNoise(0, [0, 1, 2])
     orders, z, labels = noise.permutation(L), noise.randn(L, 4), torch.tensor([0, 1, 3])
     counts = masking.masked_counts(L, 4)
 
-    def run(counts=counts, **options):
+    def run(counts=counts, chain=False, **options):
+        two = sampling.diffusion_chain(network.head, respace(cosine_schedule(), 2), noise, "ddim")
+        draw = two if chain else one
         tokens = sampling.last(sampling.unmask(network, draw, labels, orders, counts, z, **options))
         network.zero_grad()
         tokens.square().mean().backward()
@@ -270,8 +273,9 @@ def rollout(tiny_mar):
     return run
 
 
-def test_checkpointed_ar_steps_have_the_same_gradient(rollout):
-    plain, recomputed = rollout(), rollout(checkpoint_ar_steps=True)
+@pytest.mark.parametrize("chain", [False, True])
+def test_checkpointed_ar_steps_have_the_same_gradient(rollout, chain):
+    plain, recomputed = rollout(chain=chain), rollout(chain=chain, checkpoint_ar_steps=True)
     assert plain[1]["z_proj.weight"].any()
     assert torch.equal(plain[0], recomputed[0])
     assert_close(plain[1], recomputed[1], rtol=1e-5, atol=1e-6)

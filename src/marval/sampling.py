@@ -34,7 +34,7 @@ def diffusion_chain(
 ) -> DrawTokens:  # fmt: skip
     """The teacher's draw: the inner chain over every step of ``schedule`` (respace it for fewer).
 
-    It embeds the timesteps once: after an update of the head make a new one.
+    Without gradients it embeds the timesteps once: after an update of the head make a new one.
     """
     embedded_times: list[Tensor] = []  # at the first draw: a sharded network must have run as a whole before
 
@@ -54,9 +54,13 @@ def diffusion_chain(
             steps = None if noises is None else iter(noises.unbind(1))
             return diffusion.denoise_chain(network, z, schedule, steps, temperature, clamp)
 
-        if not embedded_times:
-            embedded_times.append(head.embed_scalars(schedule.timesteps.to(noise.device)))
-        inputs = [condition if null is None else torch.cat([condition, null]), z, *embedded_times, as_tensor(w, z)]
+        if torch.is_grad_enabled() or not embedded_times:
+            times = head.embed_scalars(schedule.timesteps.to(noise.device))
+        else:
+            times = embedded_times[0]
+        if not torch.is_grad_enabled() and not embedded_times:
+            embedded_times.append(times)
+        inputs = [condition if null is None else torch.cat([condition, null]), z, times, as_tensor(w, z)]
         if solver == "ancestral":
             inputs.append(noise.randn(len(schedule), *z.shape[1:]))
         return call(("chain", guided, temperature), chain, *inputs)
