@@ -77,7 +77,7 @@ def fashion_mnist_teacher() -> TrainConfig:
 def fashion_mnist_student() -> DistillConfig:
     """One-step student of the Fashion-MNIST teacher, for every guidance scale in 1..3: its head alone.
 
-    FID (as the teacher's) 11.9, accuracy 84.2 %, in 17 minutes with two processes on two CPU cores (2026-11-23; the card
+    FID (as the teacher's) 11.9, accuracy 84.2 %, in 17 minutes with two processes on two cores (2026-11-23; the card
     of ``fashion-mnist/student``); still behind its teacher: more updates were not tried.
     """
     return DistillConfig(
