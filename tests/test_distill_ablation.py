@@ -3,7 +3,6 @@
 import dataclasses
 import importlib
 import json
-import shutil
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -16,8 +15,6 @@ from PIL import Image
 from marval import recipes
 from marval.checkpoint import read_json
 from marval.config import DistillConfig, to_dict
-from marval.data import load_dataset
-from marval.models.classifier import train_classifier
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 QUICK = "real_pictures", "results_page", "distill_ablation"
@@ -34,14 +31,7 @@ def ablation() -> ModuleType:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models")
-    for name, source in (("teacher", tiny.teacher()), ("classifier", tiny.classifier())):
-        (folder / name).mkdir()
-        for file in ("config.json", "model.safetensors"):
-            shutil.copy(source / file, folder / name)
-    data = load_dataset("digits"), load_dataset("digits", "test")
-    train_classifier(*data, arch="resnet", seed=1, epochs=1, width=8, progress=False)[0].save(folder / "judge")
-    return folder
+    return tiny.study(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from PIL import Image
 from marval.checkpoint import read_json, write_json
 from marval.data import load_dataset
 from marval.evaluate import class_accuracy, frechet_distance, image_moments
-from marval.models.classifier import Classifier, train_classifier
+from marval.models.classifier import Classifier
 from marval.pipeline import Pipeline
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
@@ -34,15 +34,7 @@ def scripts() -> tuple[ModuleType, ModuleType]:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with teacher, student, classifier and a judge of the other kind."""
-    folder = tmp_path_factory.mktemp("models")
-    for name, source in (("teacher", tiny.teacher()), ("student", tiny.student()), ("classifier", tiny.classifier())):
-        (folder / name).mkdir()
-        for file in ("config.json", "model.safetensors"):
-            shutil.copy(source / file, folder / name)
-    data = load_dataset("digits"), load_dataset("digits", "test")
-    train_classifier(*data, arch="resnet", seed=1, epochs=1, width=8, progress=False)[0].save(folder / "judge")
-    return folder
+    return tiny.study(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import atexit
 import functools
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -61,6 +62,17 @@ def classifier() -> Path:
     data, held_out = load_dataset("digits"), load_dataset("digits", "test")
     train_classifier(data, held_out, epochs=2, width=8, progress=False)[0].save(folder("classifier"))
     return folder("classifier")
+
+
+def study(folder: Path) -> Path:
+    """The folder, with teacher, student, classifier and a judge of the other kind, as the benchmarks take it."""
+    for name, source in (("teacher", teacher()), ("student", student()), ("classifier", classifier())):
+        (folder / name).mkdir()
+        for file in ("config.json", "model.safetensors"):
+            shutil.copy(source / file, folder / name)
+    data = load_dataset("digits"), load_dataset("digits", "test")
+    train_classifier(*data, arch="resnet", seed=1, epochs=1, width=8, progress=False)[0].save(folder / "judge")
+    return folder
 
 
 def refused(capsys: pytest.CaptureFixture[str], *args: object) -> str:
