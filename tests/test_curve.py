@@ -161,16 +161,24 @@ from pathlib import Path
 import torch
 
 
+def live():
+    tensors = (x for x in gc.get_objects() if type(x) is torch.Tensor and x.ndim == 2)
+    return {x.untyped_storage().data_ptr(): len(x) for x in tensors}
+
+
 def seen(images):
-    live = {x.untyped_storage().data_ptr(): len(x) for x in gc.get_objects() if type(x) is torch.Tensor and x.ndim == 2}
+    rows = sum(count for place, count in live().items() if place not in before)
     with open(Path(__file__).with_suffix(".txt"), "a") as log:
-        log.write(f"{len(images)} {sum(live.values())}\\n")
+        log.write(f"{len(images)} {rows}\\n")
     return torch.cat([images.mean((2, 3)), images.std((2, 3))], 1)
+
+
+before = live()  # of other tests
 """
 
 
 def own_network(folder: Path) -> str:
-    """Features of two numbers, by a function that logs the images of each call, and the rows of all tensors then."""
+    """Features of two numbers, by a function that logs the images of each call, and the rows of all new tensors then."""
     (folder / "net.py").write_text(NETWORK)
     return f"{folder / 'net.py'}:seen"
 
