@@ -165,6 +165,10 @@ def test_check_reward_wants_the_gradient_it_is_promised():
         (lambda x: x.mean((1, 2, 3)) * 0 + 2, "its gradient is zero for all 4 trial images: it is 2 for all of them"),
         (lambda x: (x.mean((1, 2, 3)) * 100).round(), "its gradient is zero for all 4 trial images$"),
         (lambda x: (x.mean((1, 2, 3)) - x.mean((1, 2, 3))[2]).abs().sqrt(), "its gradient in image 2 .'c'. is not fin"),
+        (
+            lambda x: (x.mean((1, 2, 3)) * 100).round() + 1e-12 * x.mean((1, 2, 3)),
+            "its gradient is too small to change it for all 4 trial images$",
+        ),
         (lambda x: torch.ones(4, requires_grad=True) * 2, "its result carries no gradient to the images"),
     ],
 )
@@ -176,6 +180,58 @@ def test_a_gradient_that_cannot_teach(function: Callable[[Tensor], Tensor], mess
     images = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     with pytest.raises(ValueError, match=message):
         check_reward(UserReward(reward), images, list("abcd"))
+
+
+@pytest.mark.parametrize("size", [9, 20])
+def test_a_gradient_in_few_images_is_told_of(size: int, capsys: pytest.CaptureFixture[str]):
+    """As of a clamp, which is no mistake; trial images may be more than are tried at a time."""
+    images = torch.arange(size).div(size).view(-1, 1, 1, 1).expand(-1, 1, 8, 8)
+    for clamp, told in ((0.2, True), (0.7, False)):
+
+        def clamped(images: Tensor, prompts: list[str], clamp: float = clamp) -> Tensor:
+            return images.mean((1, 2, 3)).clamp(max=clamp)
+
+        clamped.differentiable = True  # type: ignore[attr-defined]
+        values = check_reward(UserReward(clamped), images, ["a"] * size)
+        torch.testing.assert_close(values, images[:, 0, 0, 0].clamp(max=clamp))
+        share = f"{int((images[:, 0, 0, 0] < clamp).sum())} of {size} trial images: nothing is learned from the others"
+        warning = f"marval: warning: reward 'clamped' has a gradient in only {share}\n"
+        assert capsys.readouterr().err == (warning if told else "")
+
+
+def test_what_a_reward_does_to_its_images_stays_with_it():
+    def in_place(images: Tensor, prompts: list[str]) -> Tensor:
+        images.detach().numpy()[:] *= 255  # numpy tells torch nothing
+        return images.mul_(2).mean((1, 2, 3))
+
+    in_place.differentiable = True  # type: ignore[attr-defined]
+    images = torch.rand(3, 1, 8, 8)
+    before = images.clone()
+    for reward in (UserReward(in_place), WeightedSum([UserReward(in_place)] * 2, [1, 1])):
+        found = score(reward, images, ["a"] * 3)
+        assert torch.equal(images, before)
+        assert torch.equal(score(reward, images.requires_grad_(), ["a"] * 3), found)
+        images = images.detach()
+
+    def fails(images: Tensor, prompts: list[str]) -> Tensor:
+        raise KeyError(float(images.mul_(0).sum()))
+
+    with pytest.raises(ValueError, match="fails on image 0"):
+        score(UserReward(fails), images, ["a"] * 3)
+    assert torch.equal(images, before)
+
+
+def test_images_are_numbered_from_the_first_of_the_batch():
+    def check(images: Tensor, prompts: list[str]) -> Tensor:
+        assert "bad" not in prompts, "bad"
+        return images.new_tensor([0, 0.5])
+
+    x = torch.rand(2, 1, 8, 8)
+    infinite = UserReward(lambda images, prompts: images.new_tensor([0, float("inf")]))
+    for reward, message in ((infinite, "is inf"), (Verifiable(check), "verifiable"), (UserReward(check), "fails on")):
+        for whole in (reward, WeightedSum([reward], [1])):
+            with pytest.raises(ValueError, match=rf"{message}.*image 9|image 9.*{message}"):
+                score(whole, x, ["good", "bad" if message == "fails on" else "good"], first=8)
 
 
 def test_a_constant_black_box_is_refused():

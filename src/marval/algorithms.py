@@ -34,10 +34,13 @@ class Batch:
     """(B, L, D) the policy's noise."""
     grad_steps: frozenset[int]
     """The AR steps whose tokens carry gradients."""
+    first: int = 0
+    """Number of the first image in the batch of an update, for messages."""
 
     def __getitem__(self, rows: slice) -> "Batch":
         names = ("labels", "prompts", "orders", "z", "w", "exploration")
-        return dataclasses.replace(self, **{name: getattr(self, name)[rows] for name in names})
+        some = {name: getattr(self, name)[rows] for name in names}
+        return dataclasses.replace(self, **some, first=self.first + rows.start)
 
 
 @dataclass
@@ -118,7 +121,7 @@ class RewardGradient(Algorithm):
         tokens = last(steps)
         with torch.autocast(batch.z.device.type, enabled=False):
             images = self.model.tokenizer.decode(tokens.float())
-            rewards = score(self.reward, images, batch.prompts)
+            rewards = score(self.reward, images, batch.prompts, batch.first)
         rollout = Rollout(batch, images.detach(), tokens.detach(), rewards.detach(), tokens.detach())
         return policy.reward_loss(rewards, self.config.hinge).mean(), rollout
 
@@ -156,7 +159,7 @@ class GroupGradient(Algorithm):
             log_prob.scatter_(1, target, policy.gaussian_log_prob(action, mean, self.config.std))
         tokens = self.bound(actions)
         images = self.model.tokenizer.decode(tokens)
-        return Rollout(batch, images, tokens, score(self.reward, images, batch.prompts), actions, log_prob)
+        return Rollout(batch, images, tokens, score(self.reward, images, batch.prompts, batch.first), actions, log_prob)
 
     def step_loss(self, rollout: Rollout, k: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The clipped surrogate's, and the divergence's."""

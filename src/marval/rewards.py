@@ -1,10 +1,12 @@
 """Rewards: callables on images (float NCHW in [0, 1]) and their prompts, giving one number per image, (B,)."""
 
+import contextlib
 import importlib.util
 import math
+import os
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -30,6 +32,8 @@ from marval.reward_models import (
 
 CHUNK = 32
 """Images that a reward sees at a time while it is calibrated."""
+PROBE = 8
+"""Images that a reward sees at a time, with their gradient, while it is tried."""
 
 
 class Reward(Protocol):
@@ -45,6 +49,21 @@ class Reward(Protocol):
 
 class RewardError(ValueError):
     """What is wrong with a reward or with one of its values."""
+
+
+@contextlib.contextmanager
+def during(what: str) -> Iterator[None]:
+    """Say in a `RewardError` when it was raised."""
+    try:
+        yield
+    except RewardError as error:
+        raise RewardError(f"{what}: {error}") from error
+
+
+def warn(what: str) -> None:
+    """A line on stderr, of one of several processes only."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"marval: warning: {what}", file=sys.stderr, flush=True)
 
 
 def prompt_for(template: str, class_name: str) -> str:
@@ -84,13 +103,13 @@ class Verifiable(BaseReward):
         self.function = function
 
     @torch.no_grad()
-    def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
+    def __call__(self, images: Tensor, prompts: list[str], first: int = 0) -> Tensor:
         values = torch.as_tensor(self.function(images, prompts), device=images.device)
         if values.shape == (len(images),) and not (truth := (values == 0) | (values == 1)).all():
             bad = int((~truth).nonzero()[0])
             raise RewardError(
-                f"reward {name_of(self)!r} is {values[bad].item()} for image {bad} ({prompts[bad]!r}): a verifiable "
-                "reward is 0 or 1"
+                f"reward {name_of(self)!r} is {values[bad].item()} for image {first + bad} ({prompts[bad]!r}): a "
+                "verifiable reward is 0 or 1"
             )
         return values.float()
 
@@ -131,12 +150,15 @@ class WeightedSum(BaseReward):
         self.differentiable = all(reward.differentiable for reward in self.rewards)
         self.name = " + ".join(f"{w:g}*{name_of(r)}" for w, r in zip(self.weights, self.rewards, strict=True))
 
-    def parts(self, images: Tensor, prompts: list[str]) -> Tensor:
+    def parts(self, images: Tensor, prompts: list[str], first: int = 0) -> Tensor:
         """Each reward as it is, (rewards, B)."""
-        return torch.stack([score(reward, images, prompts) for reward in self.rewards])
+        return torch.stack([score(reward, images, prompts, first) for reward in self.rewards])
 
-    def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
-        values = self.parts(images, prompts)
+    def __call__(self, images: Tensor, prompts: list[str], first: int = 0) -> Tensor:
+        return self.combine(self.parts(images, prompts, first))
+
+    def combine(self, values: Tensor) -> Tensor:
+        """The sum of `parts`."""
         weights, means, stds = (values.new_tensor(x)[:, None] for x in (self.weights, self.means, self.stds))
         return (weights * (values - means) / stds).sum(0)
 
@@ -153,8 +175,8 @@ def calibrate(reward: Reward, images: Tensor, prompts: list[str]) -> Reward:
     """
     if not isinstance(reward, WeightedSum):
         return reward
-    chunks = zip(images.split(CHUNK), (prompts[i : i + CHUNK] for i in range(0, len(images), CHUNK)), strict=True)
-    values = torch.cat([reward.parts(*chunk) for chunk in chunks], 1).double()
+    starts = range(0, len(images), CHUNK)
+    values = torch.cat([reward.parts(images[i : i + CHUNK], prompts[i : i + CHUNK], i) for i in starts], 1).double()
     means, stds = values.mean(1), values.std(1, correction=0)
     for part, mean, std in zip(reward.rewards, means.tolist(), stds.tolist(), strict=True):
         if std <= 1e-6 * abs(mean):
@@ -267,22 +289,33 @@ def _load_one(
     return built_in(network, class_prompts(template, network.class_names))
 
 
-def score(reward: Reward, images: Tensor, prompts: list[str]) -> Tensor:
+def score(reward: Reward, images: Tensor, prompts: list[str], first: int = 0) -> Tensor:
     """Rewards (B,) float32 of a batch, on its device, with their graph. Booleans and integers 0 and 1 become floats.
 
+    The reward gets a copy, so that what it does to its images stays with it.
+
+    Args:
+        first: number of the first image, for messages.
+
     Raises:
-        RewardError: the reward raised something, or its result is not a finite floating-point tensor of shape (B,);
-            names the reward and the first such image. Running out of memory is raised as it is.
+        RewardError: the reward raised something, or its result is not a finite floating-point tensor of shape (B,), or
+            the images want a gradient and a differentiable reward has none, or later, in the backward pass, one that
+            is not finite; names the reward and the first such image. Running out of memory is raised as it is.
     """
     name = name_of(reward)
     if len(prompts) != len(images):
         raise RewardError(f"reward {name!r} got {len(prompts)} prompts for {len(images)} images")
+    copy = images.clone()
+    taught = reward.differentiable and copy.requires_grad
+    if taught:
+        copy.register_hook(lambda gradient: _check_gradient(reward, gradient, prompts, first))
     try:
-        rewards: Any = reward(images, prompts)
+        numbered = isinstance(reward, Verifiable | WeightedSum)
+        rewards: Any = reward(copy, prompts, first) if numbered else reward(copy, prompts)
     except (RewardError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        raise RewardError(_failure(reward, images, prompts, error)) from error
+        raise RewardError(_failure(reward, images, prompts, first, error)) from error
     wanted = f"it must return a floating-point tensor of shape ({len(images)},), one number per image"
     if not isinstance(rewards, Tensor):
         raise RewardError(f"reward {name!r}: the reward returned a {type(rewards).__name__}: {wanted}")
@@ -295,20 +328,33 @@ def score(reward: Reward, images: Tensor, prompts: list[str]) -> Tensor:
         bad = int((~rewards.isfinite()).nonzero()[0])
         value = rewards[bad].item()
         raise RewardError(
-            f"reward {name!r}: the reward of image {bad} ({prompts[bad]!r}) is {value}: it must be finite"
+            f"reward {name!r}: the reward of image {first + bad} ({prompts[bad]!r}) is {value}: it must be finite"
         )
+    if taught and not rewards.requires_grad:
+        raise _untaught(reward, "its result carries no gradient to the images")
     return rewards.to(images.device, torch.float32)
 
 
-def _failure(reward: Reward, images: Tensor, prompts: list[str], error: Exception) -> str:
+def _untaught(reward: Reward, what: str) -> RewardError:
+    return RewardError(f"reward {name_of(reward)!r} calls itself differentiable but {what}")
+
+
+def _check_gradient(reward: Reward, gradient: Tensor, prompts: list[str], first: int) -> None:
+    """Of the images, in the backward pass."""
+    if not (finite := gradient.flatten(1).isfinite().all(1)).all():
+        bad = int((~finite).nonzero()[0])
+        raise _untaught(reward, f"its gradient in image {first + bad} ({prompts[bad]!r}) is not finite")
+
+
+def _failure(reward: Reward, images: Tensor, prompts: list[str], first: int, error: Exception) -> str:
     """Which image a reward fails on: alone if it does so there, else the whole batch."""
     where = f"the whole batch of {len(images)}, but on no image alone"
     for i, prompt in enumerate(prompts):
         try:
             with torch.no_grad():
-                reward(images[i : i + 1], [prompt])
+                reward(images[i : i + 1].clone(), [prompt])
         except Exception as alone:
-            error, where = alone, f"image {i} ({prompt!r})"
+            error, where = alone, f"image {first + i} ({prompt!r})"
             break
     last = traceback.extract_tb(error.__traceback__)[-1]
     reason = " ".join(str(error).split())
@@ -319,41 +365,45 @@ def _failure(reward: Reward, images: Tensor, prompts: list[str], error: Exceptio
 
 
 def check_reward(reward: Reward, images: Tensor, prompts: list[str]) -> Tensor:
-    """`score` of a trial batch, detached, so that a bad reward is found before any work starts.
+    """`score` of trial images, `PROBE` at a time, detached, so that a bad reward is found before any work starts.
 
-    A black box may be the same for all of so few images (`check_varies`).
+    A black box may be the same for all of so few images (`check_varies`). A differentiable reward that teaches nothing
+    about most of them, as a clamp or a classifier that is sure, is told of on stderr.
 
     Args:
         images: of the model to be trained, best of different classes.
 
     Raises:
         ValueError: as `score`, or a reward that calls itself differentiable has no gradient in the images, one that is
-            zero everywhere (a constant, a rounded value), or one that is not finite. Of a sum, each part is tried.
+            zero everywhere (a constant, a rounded value) or too small to change it, or one that is not finite. Of a
+            sum, each part is tried.
     """
     if isinstance(reward, WeightedSum):
-        for part in reward.rewards:
-            check_reward(part, images, prompts)
-        return score(reward, images, prompts).detach()
-    images = images.detach().requires_grad_(reward.differentiable)
-    with torch.enable_grad():
-        rewards = score(reward, images, prompts)
-    name, values = name_of(reward), rewards.detach()
-    same = bool((values == values[0]).all())
+        return reward.combine(torch.stack([check_reward(part, images, prompts) for part in reward.rewards]))
+    values, reach = [], []
+    for start in range(0, len(images), PROBE):
+        some = images[start : start + PROBE].detach().requires_grad_(reward.differentiable)
+        with torch.enable_grad():
+            values.append(score(reward, some, prompts[start : start + PROBE], start))
+        if reward.differentiable:
+            (gradient,) = torch.autograd.grad(values[-1].sum(), some, allow_unused=True)
+            if gradient is None:
+                raise _untaught(reward, "its result carries no gradient to the images")
+            reach.append(gradient.flatten(1).abs().sum(1))
+    found = torch.cat(values).detach()
     if not reward.differentiable:
-        return values
-    claim = f"reward {name!r} calls itself differentiable but"
-    gradient = None
-    if rewards.requires_grad:
-        (gradient,) = torch.autograd.grad(rewards.sum(), images, allow_unused=True)
-    if gradient is None:
-        raise RewardError(f"{claim} its result carries no gradient to the images")
-    if not (finite := gradient.flatten(1).isfinite().all(1)).all():
-        bad = int((~finite).nonzero()[0])
-        raise RewardError(f"{claim} its gradient in image {bad} ({prompts[bad]!r}) is not finite")
-    if not gradient.any():
-        constant = f": it is {values[0].item():g} for all of them" if same else ""
-        raise RewardError(f"{claim} its gradient is zero for all {len(values)} trial images{constant}")
-    return values
+        return found
+    # what an image's reward changes by if every value moves by 1, beside what float32 tells apart
+    reached, least = torch.cat(reach), torch.finfo(torch.float32).eps * found.abs().max()
+    taught = int((reached > least).sum())
+    if taught == 0:
+        size = "too small to change it" if reached.any() else "zero"
+        constant = f": it is {found[0].item():g} for all of them" if bool((found == found[0]).all()) else ""
+        raise _untaught(reward, f"its gradient is {size} for all {len(found)} trial images{constant}")
+    if 2 * taught < len(found):
+        share = f"{taught} of {len(found)} trial images"
+        warn(f"reward {name_of(reward)!r} has a gradient in only {share}: nothing is learned from the others")
+    return found
 
 
 def check_varies(reward: Reward, images: Tensor, prompts: list[str]) -> None:
@@ -363,7 +413,7 @@ def check_varies(reward: Reward, images: Tensor, prompts: list[str]) -> None:
         ValueError: as `score`, or the reward is the same for all images.
     """
     starts = range(0, len(images), CHUNK)
-    values = torch.cat([score(reward, images[i : i + CHUNK], prompts[i : i + CHUNK]) for i in starts])
+    values = torch.cat([score(reward, images[i : i + CHUNK], prompts[i : i + CHUNK], i) for i in starts])
     if bool((values == values[0]).all()):
         always = f"is {values[0].item():g} for all {len(values)} images of the starting student"
         what = f"reward {name_of(reward)!r} {always}"

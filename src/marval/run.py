@@ -38,6 +38,12 @@ FREE = ("device", "shard", "accumulate", "activation_checkpointing", "compile")
 """Settings that say how a run computes, not what: they may change on resume, as may the number of processes."""
 
 
+def digest_of(path: Path) -> str:
+    """Start of the SHA-256 of a file, or of the weights in a model folder."""
+    with open(path if path.is_file() else path / "model.safetensors", "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
 class Stateful(Protocol):
     """What a run saves: modules, optimizers, averages."""
 
@@ -106,8 +112,7 @@ class Run:
         self.metrics_file = out / "metrics.jsonl"
         settings = json.loads(json.dumps(to_dict(config)))
         for name, folder in (inputs or {}).items():
-            with open(folder if folder.is_file() else folder / "model.safetensors", "rb") as file:
-                settings[name] = f"sha256 {hashlib.file_digest(file, 'sha256').hexdigest()[:16]}"
+            settings[name] = f"sha256 {digest_of(folder)}"
         self.settings = settings
         if resume and (out / "meta.json").exists():
             before = read_json(out / "meta.json")
@@ -310,7 +315,7 @@ class Update:
                 f"gradient of {name}" for name, gradient in gradients.items() if not whole(gradient).isfinite().all()
             ]
             what = (bad or ["loss"])[0]
-            raise FloatingPointError(f"step {step}: the {what} of the {self.name} is not finite; last checkpoint kept")
+            raise FloatingPointError(f"step {step}: the {what} of the {self.name} is not finite")
         nn.utils.clip_grads_with_norm_(self.parameters, self.config.clip_grad, norm)
         for group, lr in zip(self.optimizer.param_groups, self.base_lr, strict=True):
             group["lr"] = lr * lr_factor
