@@ -1,6 +1,7 @@
 """Held-out numbers, the starting student's ranges, alarms."""
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,11 @@ import torch
 from marval.config import RLConfig
 from marval.distributed import connect
 from marval.models.classifier import Classifier
-from marval.monitor import Monitor, class_in_turn, image_statistics
+from marval.monitor import Monitor, class_in_turn, image_statistics, networks_of, trial_size
 from marval.pipeline import Pipeline
 from marval.reward_files import short_name
-from marval.rewards import Reward, UserReward, load_reward
+from marval.reward_models import ClipScore, PickScore
+from marval.rewards import Reward, UserReward, WeightedSum, load_reward
 
 CONFIG = RLConfig(batch=16, ar_steps=4, eval_images=60, prompt="a {class}")
 STATISTICS = {"brightness", "contrast", "saturation", "edge_density", "clipped", "entropy"}
@@ -29,13 +31,13 @@ def monitor(reward: Reward | None = None, **changes: object) -> tuple[Monitor, P
     return Monitor.make(config, student, reward or UserReward(brightness), connect("cpu")), student
 
 
-def dark() -> Pipeline:
-    """The student, painting everything black."""
+def plain(noise: float) -> Pipeline:
+    """The student, painting everything black, if it predicts much noise, or white."""
     student = Pipeline.load(tiny.student())
     with torch.no_grad():
         for parameter in student.network.head.final_layer.parameters():
             parameter.zero_()
-        student.network.head.final_layer.linear.bias[:4] = 40.0  # predicted noise, so the token is at its lowest value
+        student.network.head.final_layer.linear.bias[:4] = noise  # the token is at an end of its range
     return student
 
 
@@ -81,7 +83,7 @@ def test_alarms():
     """The student itself raises none on other seeds; a black one does; and a better number is never one."""
     watching, student = monitor(judge=str(tiny.classifier()))
     first = watching.look(student)
-    assert first["fid_heldout"] < 0.1 * watching.look(dark())["fid_heldout"]  # against the student's own images
+    assert first["fid_heldout"] < 0.1 * watching.look(plain(40.0))["fid_heldout"]  # against the student's own images
     ranges = watching.ranges(student, first)
     for name, (centre, spread) in ranges.items():
         assert spread >= 0.02 * abs(centre)
@@ -90,7 +92,7 @@ def test_alarms():
     accuracy = watching.rows(student, 1)["accuracy"]
     assert ranges["accuracy_heldout"][1] >= float(accuracy.std()) / 60**0.5
     assert watching.alarms(first, ranges) == {}
-    black = watching.look(dark())
+    black = watching.look(plain(40.0))
     assert black["brightness_heldout"] < 0.01
     alarms = watching.alarms(black, ranges)
     expected = {"reward", "brightness", "contrast", "clipped", "edge_density", "entropy", "fid", "kid", "recall"}
@@ -116,9 +118,12 @@ def test_without_a_network_there_are_no_distances():
     assert watching.look(student).keys() == {f"{name}_heldout" for name in STATISTICS | {"reward"}}
     assert watching.score({"reward_heldout": 3.0}) == 3.0
     assert not watching.independent
-    alarms = {f"{name}_heldout": 9.0 for name in STATISTICS}
+    ranges = watching.ranges(student, watching.look(student))
+    alarms = watching.alarms(watching.look(plain(-40.0)), ranges)
+    assert alarms.keys() == {f"{name}_heldout" for name in STATISTICS - {"saturation"}}, "of grey images"
     assert watching.collapsed(alarms), "there is nothing else to tell"
-    assert not watching.collapsed(dict(list(alarms.items())[:5]))
+    few = dataclasses.replace(watching, config=dataclasses.replace(watching.config, collapse=4))
+    assert not few.collapsed(dict(list(alarms.items())[:4]))
 
 
 def test_features_of_the_trained_reward_are_not_watched():
@@ -133,6 +138,51 @@ def test_features_of_the_trained_reward_are_not_watched():
     assert monitor(classifier=folder)[0].independent
     with pytest.raises(ValueError, match="select fid needs --features or --judge: the reward optimises"):
         monitor(reward, classifier=folder, select="fid")
+
+
+def test_the_rewards_own_network_is_not_independent(tmp_path: Path):
+    """Whatever its folder is called, and whatever asks it."""
+    folder, copied, other = tiny.classifier(), tmp_path / "copied", tmp_path / "other"
+    shutil.copytree(folder, copied)
+    classifier = Classifier.load(folder)
+    with torch.no_grad():
+        classifier.head.bias.add_(1)
+    classifier.save(other)
+    names = {"class_names": list("0123456789"), "template": CONFIG.prompt, "device": "cpu"}
+    for spec in ("classifier", "0.5*reads-class + 1*classifier"):
+        reward = load_reward(spec, classifier=str(folder), **names)
+        given = {"classifier": str(folder), "reference": "digits"}
+        for flag in ("judge", "features"):
+            assert not monitor(reward, **given, **{flag: str(copied)})[0].independent
+            assert monitor(reward, **given, **{flag: str(other)})[0].independent
+        assert not monitor(reward, **given, held_out="reads-class, 1*classifier", judge=str(folder))[0].independent
+
+
+def test_networks_of_a_reward():
+    sum_of = WeightedSum([ClipScore(None), PickScore(None), UserReward(brightness)], [1, 1, 1])  # type: ignore[arg-type]
+    for part, name in zip(sum_of.rewards, ("clip:some/CLIP/", "pickscore:some/CLIP", "a.py:brightness"), strict=True):
+        part.name = name  # type: ignore[attr-defined]
+    assert networks_of(sum_of, "") == {"some/CLIP", "a.py:brightness"}
+
+
+@pytest.mark.parametrize("value", [0, 1])
+def test_a_constant_reward_that_picks_the_best_is_told_of(
+    value: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    code = f"def same(images, prompts):\n    return images.new_full((len(images),), {value})\n"
+    (tmp_path / "same.py").write_text(code)
+    held_out = f"{tmp_path / 'same.py'}:same"
+    for select, told in (("auto", True), ("reward", False)):
+        watching, student = monitor(held_out=held_out, select=select)
+        first = watching.look(student)
+        ranges = watching.ranges(student, first)
+        warning = f"marval: warning: same is {value} for all 180 images of the starting student, and the model with"
+        assert (warning in capsys.readouterr().err) == told
+        assert "same_heldout" not in watching.alarms(first, ranges)
+
+
+def test_size_of_a_trial():
+    assert [trial_size(classes) for classes in (1, 8, 10, 64, 1000)] == [8, 8, 10, 64, 64]
 
 
 def test_a_judge_of_other_classes(tmp_path: Path):

@@ -20,7 +20,7 @@ from marval.masking import masked_counts
 from marval.monitor import image_statistics
 from marval.pipeline import Pipeline
 from marval.policy import gaussian_log_prob
-from marval.rewards import UserReward
+from marval.rewards import RewardError, UserReward
 from marval.rl import rl
 from marval.run import Update, autocast
 from marval.sampling import gather_tokens, last, unmask
@@ -53,6 +53,12 @@ def grey(images, prompts):
 
 grey.differentiable = True
 
+def picky(images, prompts):
+    assert not any(prompt.endswith(" 4") for prompt in prompts), "no fours"
+    return brightness(images, prompts)
+
+picky.differentiable = True
+
 def killed(images, prompts):
     from pathlib import Path
     marker = Path(__file__).with_name("calls-left")
@@ -67,7 +73,7 @@ killed.differentiable = True
 """
 CONFIG = RLConfig(
     steps=12, batch=16, ar_steps=4, ema=0.5, log_every=1, eval_every=4, eval_images=40, sample_every=0, patience=0,
-    anchor=0.0, gsim=GSIMConfig(lr=3e-3, auxiliary_lr=3e-3),
+    anchor=0.0, collapse=0, gsim=GSIMConfig(lr=3e-3, auxiliary_lr=3e-3),
 )  # fmt: skip
 
 
@@ -98,8 +104,9 @@ def test_gradient_raises_a_differentiable_reward(file: Path, tmp_path: Path):
     assert not (tmp_path / "free" / "scores.safetensors").exists()
     more = dataclasses.replace(CONFIG, reward=f"{file}:brightness", anchor=1.0, steps=2)
     assert rl(more, tmp_path / "anchored", tmp_path / "more").student == anchored.student
-    with pytest.raises(ValueError, match=r"scores.safetensors does not exist"):
-        rl(more, tmp_path / "free", tmp_path / "none")
+    message = r"scores.safetensors does not exist, which --anchor 1 needs: start from .*, or give --anchor 0$"
+    with pytest.raises(ValueError, match=message):  # before the reward is made
+        rl(dataclasses.replace(more, reward=f"{file}:nothing"), tmp_path / "free", tmp_path / "none")
 
 
 def test_group_raises_a_black_box(file: Path, tmp_path: Path):
@@ -220,7 +227,7 @@ def test_adapters_learn_resume_and_serve_both_algorithms(file: Path, tmp_path: P
     whole = aligned(tmp_path / "whole", reward=f"{file}:killed", **lora)
     assert brightness(whole) > before + 0.05
     marker = file.with_name("calls-left")
-    marker.write_text("30")  # calls of the reward: two probes, 12 of the first looks, then 1 per update and 3 per look
+    marker.write_text("32")  # calls of the reward: 4 of trials, 12 of the first looks, then 1 per update and 3 per look
     with pytest.raises(KeyboardInterrupt):
         aligned(tmp_path / "part", reward=f"{file}:killed", **lora)
     assert json.loads((tmp_path / "part" / "meta.json").read_text())["step"] == 8
@@ -282,7 +289,7 @@ def test_kl_is_logged_per_token_with_gradient():
 
 
 def test_a_run_that_dies_leaves_its_best_model(file: Path, tmp_path: Path):
-    file.with_name("calls-left").write_text("26")
+    file.with_name("calls-left").write_text("28")
     with pytest.raises(KeyboardInterrupt):
         aligned(tmp_path / "run", reward=f"{file}:killed")
     rows = [row for row in tiny.metrics(tmp_path / "run") if "alarms" in row]
@@ -301,7 +308,7 @@ def test_code_of_a_reward_may_not_change(file: Path, tmp_path: Path):
 
 def test_early_stop_keeps_the_best(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """Dark images are the reward, bright ones are what the updates make: only the start is ever best."""
-    model = aligned(tmp_path / "run", reward=f"{file}:odd", patience=2, steps=100, collapse=0)
+    model = aligned(tmp_path / "run", reward=f"{file}:odd", patience=2, steps=100)
     rows = tiny.metrics(tmp_path / "run")
     assert max(row["step"] for row in rows) == 8
     assert "stopped: no better held-out score since update 0" in capsys.readouterr().err
@@ -312,7 +319,8 @@ def test_early_stop_keeps_the_best(file: Path, tmp_path: Path, capsys: pytest.Ca
 
 def test_a_collapsing_run_stops_and_leaves_its_start(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """The reward grows and grows, so only the alarms can tell."""
-    changes = {"reward": f"{file}:brightness", "patience": 2, "steps": 100, "classifier": str(tiny.classifier())}
+    changes = {"reward": f"{file}:brightness", "patience": 2, "steps": 100, "collapse": 5}
+    changes |= {"classifier": str(tiny.classifier())}
     model = aligned(tmp_path / "run", **changes)
     err = capsys.readouterr().err
     assert "ALARM update 4: brightness_heldout" in err
@@ -337,10 +345,20 @@ def test_a_collapsing_run_stops_and_leaves_its_start(file: Path, tmp_path: Path,
     assert max(row["step"] for row in tiny.metrics(tmp_path / "never")) == 8
 
 
+def test_white_images_have_collapsed_where_nothing_else_is_watched(
+    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """Grey ones have five statistics that can raise an alarm."""
+    model = aligned(tmp_path / "run", reward=f"{file}:brightness", patience=2, steps=100, collapse=5)
+    assert "stopped: collapsed: 5 alarms (brightness_heldout, contrast_heldout, " in capsys.readouterr().err
+    assert model.provenance["best_update"] == 0
+    assert tiny.metrics(tmp_path / "run")[-1]["brightness_heldout"] > 0.9
+
+
 def test_target_and_held_out_rewards(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     start = brightness(Pipeline.load(tiny.student()))
     changes = {"reward": f"{file}:brightness", "held_out": f"{file}:darkness", "select": "reward", "steps": 100}
-    aligned(tmp_path / "run", **changes, target=start + 0.05, collapse=0)
+    aligned(tmp_path / "run", **changes, target=start + 0.05)
     err = capsys.readouterr().err
     assert "stopped: held-out reward 0." in err
     assert "nothing is watched that the reward does not optimise" not in err
@@ -348,12 +366,10 @@ def test_target_and_held_out_rewards(file: Path, tmp_path: Path, capsys: pytest.
     assert rows[-1]["reward_heldout"] >= start + 0.05 > rows[-2]["reward_heldout"]
     assert rows[-1]["darkness_heldout"] == pytest.approx(-rows[-1]["reward_heldout"], abs=1e-5)
     assert Pipeline.load(tmp_path / "run").provenance["best_update"] == rows[-1]["step"]
-    stopped = aligned(tmp_path / "held-out", **changes | {"select": "auto"}, patience=1, collapse=0)
+    stopped = aligned(tmp_path / "held-out", **changes | {"select": "auto"}, patience=1)
     assert stopped.provenance["best_update"] == 0  # the brighter, the worse
     folder = str(tiny.classifier())
-    stopped = aligned(
-        tmp_path / "fid", **changes | {"select": "fid"}, classifier=folder, patience=1, collapse=0
-    )  # fmt: skip
+    stopped = aligned(tmp_path / "fid", **changes | {"select": "fid"}, classifier=folder, patience=1)
     assert stopped.provenance["best_update"] == 0
     assert "nothing is watched" not in capsys.readouterr().err
     aligned(tmp_path / "alone", reward=f"{file}:brightness", steps=1)
@@ -428,6 +444,8 @@ def test_what_is_refused(file: Path, tmp_path: Path):
         "has no function 'nothing'": {"reward": f"{file}:nothing"},
         "is 1 for all 200 images of the starting student": {"reward": f"{file}:always", "algorithm": "group"},
         "is the same for all 10 classes": {"prompt": "a digit", "reward": f"{file}:brightness"},
+        r"picky' fails on image 4 .*: no fours": {"reward": f"{file}:picky"},
+        r":picky' fails on image 4 .*: no fours": {"reward": f"{file}:brightness", "held_out": f"{file}:picky"},
     }
     for message, changes in cases.items():
         with pytest.raises(ValueError, match=message):
@@ -453,11 +471,36 @@ def test_a_reward_that_fails_later_stops_the_run(tmp_path: Path):
     message = r"the reward of image 0 .* is (inf|nan): it must be finite"
     with pytest.raises(ValueError, match=message) as error:
         aligned(tmp_path / "run", reward=f"{tmp_path / 'late.py'}:late")
+    assert str(error.value).startswith("evaluation of update 0: ")
     assert "the best model" not in str(error.value)  # there is none yet
     late = tmp_path / "late.py"
-    late.write_text(late.read_text().replace("> 4", "> 15"))
+    late.write_text(late.read_text().replace("> 4", "> 17"))
     with pytest.raises(ValueError, match=rf"{message}; the best model so far, of update 0, is in {tmp_path / 'run'}2"):
         aligned(tmp_path / "run2", reward=f"{late}:late")
+
+
+@pytest.mark.parametrize(
+    ("result", "message"),
+    [
+        ("m.detach()", "calls itself differentiable but its result carries no gradient to the images"),
+        (
+            "m + 0 * (m - m[3].detach()).abs().sqrt()",
+            r"calls itself differentiable but its gradient in image 11 \(.*of \d'\) is not finite",
+        ),
+        ("m / (m != m[3])", r"the reward of image 11 \(.*of \d'\) is inf: it must be finite"),
+    ],
+)
+def test_a_gradient_that_fails_later_names_update_reward_and_image(tmp_path: Path, result: str, message: str):
+    """In the second part of the second update; the first part has images 0 to 7."""
+    file = tmp_path / "late.py"
+    file.write_text(
+        "calls = []\ndef late(images, prompts):\n    m = images.mean((1, 2, 3))\n"
+        "    calls.extend([0] if images.requires_grad else [])\n"  # 2 are of the trial
+        f"    return {result} if len(calls) == 6 else m\nlate.differentiable = True\n"
+    )
+    where = f"; the best model so far, of update 0, is in {tmp_path / 'run'}"
+    with pytest.raises(RewardError, match=f"^update 2: reward '.*:late'.* {message}{where}$"):
+        aligned(tmp_path / "run", reward=f"{file}:late", accumulate=2)
 
 
 def test_image_statistics():
@@ -472,6 +515,16 @@ def test_image_statistics():
     assert values["edge_density"] == 0.5  # every step to the right, none downwards
     assert values["entropy"] == pytest.approx(1)
     assert values["contrast"] == pytest.approx(float(np.std([0, 1] * 8, ddof=1)))
+
+
+def test_bf16_gives_the_gradient_of_float32_and_a_reward_float32(file: Path, tmp_path: Path):
+    asserted = "    assert images.dtype.itemsize == 4\n    return images.mean"
+    file.write_text(file.read_text().replace("    return images.mean", asserted))
+    for precision in ("float32", "bf16"):
+        aligned(tmp_path / precision, reward=f"{file}:brightness", precision=precision, steps=4, trained="all")
+    rows = [tiny.metrics(tmp_path / precision)[1] for precision in ("float32", "bf16")]
+    assert rows[0]["grad_norm"] != rows[1]["grad_norm"] == pytest.approx(rows[0]["grad_norm"], rel=0.1)
+    assert brightness(Pipeline.load(tmp_path / "bf16")) > brightness(Pipeline.load(tiny.student())) + 0.05
 
 
 def test_bf16_recomputes_the_log_probability_exactly():

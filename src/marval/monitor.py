@@ -5,9 +5,11 @@ statistics of the images, where hacking shows first. One that leaves its range r
 once has collapsed.
 """
 
+import dataclasses
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,8 +22,20 @@ from marval.metrics import Statistics, frechet_distance, kernel_distance, precis
 from marval.pipeline import Pipeline
 from marval.reference import Reference, load_reference
 from marval.reward_files import listed, short_name
-from marval.rewards import ClassifierLogProb, ReadsClass, Reward, WeightedSum, class_prompts, load_reward, score
+from marval.rewards import (
+    PROBE,
+    ClassifierLogProb,
+    ReadsClass,
+    Reward,
+    WeightedSum,
+    class_prompts,
+    load_reward,
+    name_of,
+    score,
+    warn,
+)
 from marval.rng import generator
+from marval.run import digest_of
 from marval.tokenizers import to_float
 
 HELD_OUT_SEED = 1_000_003
@@ -32,8 +46,6 @@ SHARES = ("brightness", "contrast", "saturation", "edge_density", "clipped")
 STATISTICS = (*SHARES, "entropy")
 RESERVED = (*STATISTICS, "colours", "features", "reward", "judge", "accuracy", "fid", "kid", "precision", "recall")
 """Names that a held-out reward cannot take."""
-PROBE = 8
-"""Images on which rewards and networks are tried before anything else happens."""
 Ranges = dict[str, list[float]]
 """Centre and spread of each number, by its name."""
 
@@ -81,6 +93,24 @@ def class_in_turn(i: int, count: int, classes: int) -> int:
     return i * classes // count % classes if count < classes else i % classes
 
 
+def trial_size(classes: int) -> int:
+    """Images on which rewards and networks are tried before anything else happens: of every class, up to 64."""
+    return max(PROBE, min(classes, 64))
+
+
+def networks_of(reward: Reward, classifier: str) -> set[str]:
+    """What a reward asks, each part of a sum: weights, a CLIP or a function; by the same name for the same."""
+    parts = reward.rewards if isinstance(reward, WeightedSum) else [reward]
+    found = set()
+    for part in parts:
+        kind, _, source = name_of(part).partition(":")
+        if isinstance(part, ClassifierLogProb | ReadsClass):
+            found.add(digest_of(Path(classifier)))
+        else:
+            found.add(str(Path(source)) if kind in ("clip", "pickscore", "hps") else name_of(part))
+    return found
+
+
 @dataclass(frozen=True)
 class Monitor:
     """Looks at models on fixed seeds and prompts."""
@@ -93,8 +123,12 @@ class Monitor:
     """``reward``, the trained one, then held-out ones by short name."""
     judge: ClassifierLogProb | None
     network: FeatureNetwork | None
-    """Of FID and its kind; None leaves them out. Never the classifier that the reward is made of."""
+    """Of FID and its kind; None leaves them out. The classifier that the reward is made of only where it is named."""
     reference: Reference | None
+    independent: bool
+    """Whether anything is watched that the reward does not optimise, other than image statistics."""
+    statistics: tuple[str, ...]
+    """Image statistics that can raise an alarm: grey images have no saturation."""
 
     @classmethod
     def make(cls, config: RLConfig, student: Pipeline, reward: Reward, world: World) -> "Monitor":
@@ -131,16 +165,24 @@ class Monitor:
             if config.reference:
                 sizes = student.tokenizer.image_size, student.tokenizer.image_channels
                 reference = load_reference(config.reference, network, *sizes, world)
-        monitor = cls(config, world, prompts, rewards, judge, network, reference)
-        labels = torch.tensor([class_in_turn(i, PROBE, len(prompts)) for i in range(PROBE)], device=world.device)
-        monitor.row(student.sample(labels.tolist(), seed=config.seed), labels)
+        trained, *held_out = (networks_of(reward, config.classifier) for reward in rewards.values())
+        watched = set().union(*held_out, [digest_of(Path(config.judge))] if judge else [])
+        watched |= {network.digest} if network else set()
+        grey = student.tokenizer.image_channels == 1
+        shown = tuple(name for name in STATISTICS if not (grey and name == "saturation"))
+        monitor = cls(config, world, prompts, rewards, judge, network, reference, not watched <= trained, shown)
+        count = trial_size(len(prompts))
+        labels = torch.tensor([class_in_turn(i, count, len(prompts)) for i in range(count)], device=world.device)
+        images = student.sample(labels.tolist(), seed=config.seed)
+        for start in range(0, count, PROBE):
+            monitor.row(images[start : start + PROBE], labels[start : start + PROBE], start)
         if network is None or reference is not None:
             return monitor
         features = monitor.rows(student, config.range_seeds)["features"]
         stats = Statistics(features.shape[1])
         stats.add(features)
         own = Reference("starting student", "its images", len(features), stats.moments(), None, features)
-        return cls(config, world, prompts, rewards, judge, network, own)
+        return dataclasses.replace(monitor, reference=own)
 
     @torch.no_grad()
     def rows(self, model: Pipeline, seed: int) -> dict[str, Tensor]:
@@ -158,16 +200,20 @@ class Monitor:
         base = config.seed + HELD_OUT_SEED * (1 + seed)
         images = model.sample(labels.tolist(), seed=base, first_image=first, batch_size=batch)
         slices = [slice(start, start + batch) for start in range(0, share, batch)]
-        parts = [self.row(images[some], labels[some]) for some in slices]
+        parts = [self.row(images[some], labels[some], first + some.start) for some in slices]
         whole = {name: world.gather_rows(torch.cat([part[name] for part in parts])) for name in parts[0]}
         return {name: value[: config.eval_images].cpu() for name, value in whole.items()}
 
     @torch.no_grad()
-    def row(self, images: np.ndarray, asked: Tensor) -> dict[str, Tensor]:
-        """What is measured of each of some images, uint8 NHWC, of the classes (B,) asked for: (B, ...)."""
+    def row(self, images: np.ndarray, asked: Tensor, first: int = 0) -> dict[str, Tensor]:
+        """What is measured of each of some images, uint8 NHWC, of the classes (B,) asked for: (B, ...).
+
+        Args:
+            first: number of the first image, for messages.
+        """
         x = to_float(torch.from_numpy(images)).to(asked.device)
         prompts = [self.prompts[label] for label in asked.tolist()]
-        row = {name: score(reward, x, prompts) for name, reward in self.rewards.items()}
+        row = {name: score(reward, x, prompts, first) for name, reward in self.rewards.items()}
         if self.judge is not None:
             labels = self.judge.labels(prompts, asked.device)  # the judge may number its classes otherwise
             log_prob = self.judge.classifier(x).log_softmax(1)
@@ -207,19 +253,24 @@ class Monitor:
 
         Centre: on the first set of images, whose noise all later looks share. Spread: standard deviation over
         `range_seeds` sets, at least 2 % of the centre, for rewards and the judge at least the standard error of a mean
-        over a set, and 0.001 where values are shares.
+        over a set, and 0.001 where values are shares. Warns of a reward that picks the best model and is constant.
 
         Args:
             first: `look` of the first set.
         """
         sets = [self.rows(student, seed) for seed in range(1, self.config.range_seeds)]
+        if self.selected in self.rewards:
+            values = torch.cat([rows[self.selected] for rows in sets])
+            if bool((values == values[0]).all()):
+                same = f"{self.selected} is {values[0].item():g} for all {len(values)} images of the starting student"
+                warn(f"{same}, and the model with most of it is kept: give another --select, --judge or --held-out")
         looks, scored = [first, *(self.numbers(rows) for rows in sets)], (*self.rewards, "judge", "accuracy")
         found = {}
         for name, centre in first.items():
             kind = name.removesuffix("_heldout")
             least = 0.001 if kind in SHARES else 1e-6
             if kind in scored and len(sets[0][kind]) > 1:
-                least = float(sets[0][kind].std()) / len(sets[0][kind]) ** 0.5
+                least = max(least, float(sets[0][kind].std()) / len(sets[0][kind]) ** 0.5)
             found[name] = [centre, max(statistics.stdev(look[name] for look in looks), 0.02 * abs(centre), least)]
         return found
 
@@ -243,17 +294,12 @@ class Monitor:
     def collapsed(self, alarms: Mapping[str, float]) -> bool:
         """Whether these are too many.
 
-        Image statistics alone may be what the reward asks for: they count where nothing else is watched and all six
-        raise an alarm.
+        Image statistics alone may be what the reward asks for: they count where nothing else is watched and all that
+        can raise an alarm do.
         """
         quality = [name for name in alarms if name.removesuffix("_heldout") not in STATISTICS]
-        enough = bool(quality) or (not self.independent and len(alarms) == len(STATISTICS))
+        enough = bool(quality) or (not self.independent and len(alarms) == len(self.statistics))
         return enough and 0 < self.config.collapse <= len(alarms)
-
-    @property
-    def independent(self) -> bool:
-        """Whether anything is watched that the reward does not optimise, other than image statistics."""
-        return self.judge is not None or self.network is not None or len(self.rewards) > 1
 
     def limits(self, name: str, ranges: Ranges) -> tuple[float, float]:
         """Both ends of a number's range."""
@@ -271,12 +317,16 @@ class Monitor:
         where = f"{self.config.range_width:g} spreads over {self.config.range_seeds} seeds of the starting student"
         return f"ALARM update {step}: {name} {value:.4g} is outside {low:.4g} .. {high:.4g} ({where})"
 
-    def score(self, values: Mapping[str, float]) -> float:
-        """What the best model has most of (`RLConfig.select`)."""
+    @property
+    def selected(self) -> str:
+        """Name of the number that picks the best model (`RLConfig.select`)."""
         held_out = list(self.rewards)[1:]
         select = self.config.select
         if select == "auto":
             select = "judge" if self.judge is not None else "held-out" if held_out else "reward"
-        if select == "fid":
-            return -values["fid_heldout"]
-        return values[f"{held_out[0] if select == 'held-out' else select}_heldout"]
+        return held_out[0] if select == "held-out" else select
+
+    def score(self, values: Mapping[str, float]) -> float:
+        """What the best model has most of."""
+        value = values[f"{self.selected}_heldout"]
+        return -value if self.selected == "fid" else value

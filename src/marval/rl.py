@@ -30,10 +30,20 @@ from marval.matching import (
 )
 from marval.models.lora import adapt
 from marval.models.mar import MAR
-from marval.monitor import PROBE, Monitor, class_in_turn, image_statistics
+from marval.monitor import Monitor, class_in_turn, image_statistics, trial_size
 from marval.pipeline import Pipeline
 from marval.reward_files import check_classifier, check_files, code_files, listed
-from marval.rewards import RewardError, WeightedSum, calibrate, check_reward, check_varies, class_prompts, load_reward
+from marval.rewards import (
+    RewardError,
+    WeightedSum,
+    calibrate,
+    check_reward,
+    check_varies,
+    class_prompts,
+    during,
+    load_reward,
+    warn,
+)
 from marval.run import Run, Update, add_weighted, autocast, prepare
 from marval.tokenizers import to_float
 from marval.train import save_sample_grid
@@ -70,6 +80,9 @@ def align(config: RLConfig, student_folder: Path, out: Path, resume: bool, best:
     base = Pipeline.load(student_folder, world.device)
     if base.student is None:
         raise ValueError(f"{student_folder} holds a teacher: RL starts from a student of `marval distill`")
+    if config.anchor > 0 and not (file := student_folder / "scores.safetensors").exists():
+        made = "start from a folder of `marval distill`, or of `marval rl` with an anchor"
+        raise ValueError(f"{file} does not exist, which --anchor {config.anchor:g} needs: {made}, or give --anchor 0")
     base.network.requires_grad_(False)
     guidance_range = base.student.guidance_range
     student = copy_network(base.network, "head" if config.trained == "head" else "all", guidance_range is not None)
@@ -90,7 +103,7 @@ def align(config: RLConfig, student_folder: Path, out: Path, resume: bool, best:
         images = to_float(torch.from_numpy(model.sample(asked, seed=config.seed))).to(world.device)
         return images, [prompts[label] for label in asked]
 
-    trial = check_reward(reward, *drawn(PROBE))
+    trial = check_reward(reward, *drawn(trial_size(num_classes)))
     if config.algorithm == "group" and bool((trial == trial[0]).all()):
         check_varies(reward, *drawn(CALIBRATION))
     if config.algorithm == "gradient" and not reward.differentiable:
@@ -135,9 +148,9 @@ def align(config: RLConfig, student_folder: Path, out: Path, resume: bool, best:
     start = run.restore(stateful, best)
     if isinstance(reward, WeightedSum):
         reward.means, reward.stds = best["units"]
-    if world.is_main and not monitor.independent:
+    if not monitor.independent:
         what = "nothing is watched that the reward does not optimise: hacking shows in image statistics alone"
-        print(f"marval: warning: {what}; add --held-out, --judge or --features", file=sys.stderr, flush=True)
+        warn(f"{what}; add --held-out, --judge or --features that ask another network")
 
     def averaged() -> Pipeline:
         provenance = base.provenance | {"verb": "rl", "reward": config.reward, "best_update": best["step"]}
@@ -160,9 +173,10 @@ def align(config: RLConfig, student_folder: Path, out: Path, resume: bool, best:
     def evaluate(step: int) -> None:
         """Look at the averaged model; keep it if it is the best so far and has not collapsed; say whether to stop."""
         candidate = averaged()
-        values = monitor.look(candidate)
-        if step == 0:
-            best["ranges"] = monitor.ranges(candidate, values)
+        with during(f"evaluation of update {step}"):
+            values = monitor.look(candidate)
+            if step == 0:
+                best["ranges"] = monitor.ranges(candidate, values)
         alarms = monitor.alarms(values, best["ranges"])
         for name in alarms if world.is_main else ():
             tqdm.write(monitor.line(step, name, values[name], best["ranges"]), file=sys.stderr)
@@ -218,7 +232,8 @@ def align(config: RLConfig, student_folder: Path, out: Path, resume: bool, best:
         # ---- roll out and score whole images
         rollouts = []
         for rows, _, weight in parts:
-            rollout = algorithm.rollout(batch[rows], update, weight, last=not anchored and rows is parts[-1].rows)
+            with during(f"update {step + 1}"):
+                rollout = algorithm.rollout(batch[rows], update, weight, last=not anchored and rows is parts[-1].rows)
             add_weighted(watched, weight, {"reward": rollout.rewards.mean()} | image_statistics(rollout.images))
             rollouts.append(rollout)
 
