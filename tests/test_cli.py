@@ -83,6 +83,22 @@ def test_train_distill_rl_from_a_shell(tmp_path: Path, image_folder: Path):
         assert len((out[name] / "metrics.jsonl").read_text().splitlines()) >= 1
 
 
+def test_rl_says_which_update_it_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    file = tmp_path / "my_rewards.py"
+    file.write_text(
+        "def bright(images, prompts):\n    return images.mean((1, 2, 3))\nbright.differentiable = True\n"
+        "def dark(images, prompts):\n    return -bright(images, prompts)\n"
+    )
+    common = ["--student", tiny.student(), "--reward", f"{file}:bright", "--anchor", 0, "--gsim.lr", 3e-3, "--ema", 0.5]
+    common += ["--steps", 2, "--batch", 8, "--ar-steps", 4, "--eval-images", 8, "--sample-every", 0, "--collapse", 0]
+    for name, more, said in (
+        ("bright", [], ", best of update 2"),
+        ("dark", ["--held-out", f"{file}:dark"], " is the one given: no update was better"),
+    ):
+        run("rl", "digits", *common, *more, "--out", tmp_path / name)
+        assert capsys.readouterr().out == f"aligned student in {tmp_path / name}{said}\n"
+
+
 def test_sample_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     sample = ["sample", "--model", tiny.teacher(), "--classes", "3,7", "--num-images", 5, "--seed", 4]
     run(*sample, "--out", tmp_path / "a")

@@ -114,8 +114,9 @@ def rl_verb(args: list[str]) -> None:
         from marval.shipped import model_folder
 
         student, out = model_folder(needed(student, "student")), needed(out, "out")
-        rl(config, student, out, resume)
-        say(f"aligned student in {out}")
+        best = rl(config, student, out, resume).provenance["best_update"]
+        kept = f", best of update {best}" if best else " is the one given: no update was better"
+        say(f"aligned student in {out}{kept}")
 
     parse(rl, "rl RECIPE", rest)
 
