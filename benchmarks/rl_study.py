@@ -134,7 +134,7 @@ PICTURED = (
     "anchors/GSIM 10", "anchors/ink, none", "anchors/ink, GSIM 1", "anchors/ink, GSIM 10",
     "anchors/ink and classifier, none", "anchors/ink and classifier, GSIM 10",
 )  # fmt: skip
-"""Of the first seed."""
+"""Of the seed that is measured first."""
 SKIPPED = {
     "fashion-mnist": (
         "algorithms/group, log-probability", "anchors/GSIM 1, falling to 0.1", "anchors/adapters of rank 4",
