@@ -151,9 +151,10 @@ class Study:
 
     def __init__(
         self, name: str, folder: Path, *, data: str | None = None, classifier: str | None = None,
-        judge: str | None = None, sets: Path | None = None, device: str = "cpu", quick: bool = False,
+        judge: str | None = None, sets: Path | None = None, device: str = "cpu", precision: str = "float32",
+        quick: bool = False,
     ):  # fmt: skip
-        self.name, self.folder, self.quick = name, folder, quick
+        self.name, self.folder, self.precision, self.quick = name, folder, precision, quick
         self.data = data or ("digits" if name == "digits" else f"data/{name}.npz")
         self.file = places(quick).results / f"real_pictures_{name}.json"
         self.sets = sets or (QUICK / "sets" if quick else folder / "sets")
@@ -169,6 +170,8 @@ class Study:
         self.models["untrained"] = make_student(self.models["teacher"], plan)
         self.digests["untrained"] = self.digests["teacher"]
         for model in self.models.values():
+            if precision == "bf16":
+                model.network.to_bf16()
             model.accelerate()
         self.common = {"guidance": sampling.guidance, "guidance_schedule": sampling.guidance_schedule}
         tokens, has_aligned = student.network.config.num_tokens, "aligned" in self.models
@@ -222,7 +225,7 @@ class Study:
         parts = {split: load_dataset(self.data, split) for split in ("train", "test")}
         real = real_features(self.data, parts, networks, self.sets)
         self.protocol |= {
-            "data": parts["train"].source, **{f"{split} images": len(part) for split, part in parts.items()},
+            "precision": self.precision, "data": parts["train"].source, **{f"{split} images": len(part) for split, part in parts.items()},
             **{name: f"{network.name}, sha256 {network.digest}" for name, network in networks.items()},
         }  # fmt: skip
         device = self.specs[-1]
@@ -250,7 +253,7 @@ class Study:
     def draw(self, row: Row, seed: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Images, uint8 NHWC, of the classes in turn, and their labels; chunks that are on disk are read."""
         model, settings = self.models[row.model], self.settings(row)
-        made_by = json.dumps([self.digests[row.model], settings, seed, str(model.device)])
+        made_by = json.dumps([self.digests[row.model], settings, seed, str(model.device), self.precision])
         folder = self.sets / f"{row.name}-seed{seed}-{hashlib.sha256(made_by.encode()).hexdigest()[:8]}"
         folder.mkdir(parents=True, exist_ok=True)
         labels = np.arange(count) % len(model.class_names)
@@ -317,6 +320,7 @@ def main(args: Sequence[str] | None = None) -> None:
         verb.add_argument("--device", default="cpu")
     run.add_argument("--seeds", default="0,1,2", help="of the images")
     run.add_argument("--num-images", type=int, default=10_000)
+    run.add_argument("--precision", choices=("float32", "bf16"), default="float32", help="of the weights that draw")
     run.add_argument("--data", help="as of marval train; data/NAME.npz if left out")
     run.add_argument("--classifier", help="as of marval evaluate --features; FOLDER/classifier if left out")
     run.add_argument("--judge", help="likewise; FOLDER/judge if left out")
@@ -335,7 +339,7 @@ def main(args: Sequence[str] | None = None) -> None:
         return
     study = Study(
         given.name, given.folder, data=given.data, classifier=given.classifier, judge=given.judge, sets=given.sets,
-        device=given.device, quick=given.quick,
+        device=given.device, precision=given.precision, quick=given.quick,
     )  # fmt: skip
     study.run(given.rows, numbers(given.seeds, int, "--seeds"), 40 if given.quick else given.num_images)
 

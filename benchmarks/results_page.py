@@ -94,11 +94,11 @@ def about_now(device: torch.device) -> dict[str, Any]:
     return {"versions": versions(device), "machine": machine(device), "date": time.strftime("%Y-%m-%d")}
 
 
-def measured_on(about: Mapping[str, Any]) -> str:
-    """`about_now` in words."""
+def measured_on(about: Mapping[str, Any], precision: str = "float32") -> str:
+    """`about_now` in words; the models' weights have this ``precision``."""
     place = about["machine"]
     cpu = f"{place['threads']} of {place['cores']} cores of {place['cpu']}"
-    return f"{about['date']}, {place.get('gpu', cpu)}, float32, PyTorch {about['versions']['torch']}"
+    return f"{about['date']}, {place.get('gpu', cpu)}, {precision}, PyTorch {about['versions']['torch']}"
 
 
 def shown_folder(folder: Path) -> str:
@@ -242,7 +242,7 @@ def section(results: Mapping[str, Any], pictures: Path) -> str:
     digests = ", ".join(f"{role} {protocol[role]}" for role in ("teacher", "student", "aligned") if role in protocol)
     parts = [
         f"### {name}",
-        f"Measured by {command}, {measured_on(results['about rows'])}. Data: "
+        f"Measured by {command}, {measured_on(results['about rows'], protocol['precision'])}. Data: "
         f"{protocol['data']}, {protocol['train images']:,} training and {protocol['test images']:,} test images. "
         f"Guidance w = {protocol['guidance']:g}, {protocol['guidance_schedule']}. Classifier: "
         f"{protocol['classifier']}. Judge: {protocol['judge']}. Models: {digests}.",

@@ -1,7 +1,11 @@
 """Shared fixtures: the recorded reference data, and small networks with random weights."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # one thread for each process of pytest-xdist, and for those that it starts
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch

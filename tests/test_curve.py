@@ -178,7 +178,7 @@ before = live()  # of other tests
 
 
 def own_network(folder: Path) -> str:
-    """Features of two numbers, by a function that logs the images of each call, and the rows of all new tensors then."""
+    """Features of two numbers, by a function that logs the images of each call, and the rows of new tensors then."""
     (folder / "net.py").write_text(NETWORK)
     return f"{folder / 'net.py'}:seen"
 

@@ -10,6 +10,8 @@ from PIL import Image
 
 import marval
 from marval import shipped
+from marval.features import load_features
+from marval.reward_files import check_classifier
 
 NAMES = shipped.names()
 
@@ -47,3 +49,16 @@ def test_unknown_names(tmp_path: Path):
     (tmp_path / "file").write_text("no folder")
     with pytest.raises(ValueError, match="is a file, not a folder"):
         marval.load(tmp_path / "file")
+
+
+def test_classifiers_by_name():
+    """As --features, --classifier and --judge take them."""
+    images = marval.load("fashion-mnist/student").sample([1] * 8, seed=0)
+    for name in ("fashion-mnist/classifier", "fashion-mnist/judge"):
+        network = load_features(name)
+        logits = network(images).logits
+        assert logits is not None
+        assert (logits.argmax(1) == 1).float().mean() > 0.7
+        check_classifier(name)
+    with pytest.raises(ValueError, match="no feature network 'fashion-mnist/other'"):
+        load_features("fashion-mnist/other")

@@ -330,8 +330,8 @@ class RLConfig(RunConfig):
     `path/to/file.py:function`: a callable (images float NCHW in [0, 1], prompts list[str]) -> (B,), also after
     `verifiable:` or `exact-match:`; or a sum, `0.7*REWARD + 0.3*REWARD`."""
     classifier: str = ""
-    """Classifier that the built-in rewards use: a folder of marval train-classifier, a CIFAR-10 ResNet (.th) or
-    ImageNet's MobileNetV2 (.npz)."""
+    """Classifier that the built-in rewards use: a folder of marval train-classifier, one that comes with marval
+    (`fashion-mnist/classifier`), a CIFAR-10 ResNet (.th) or ImageNet's MobileNetV2 (.npz)."""
     judge: str = ""
     """Another classifier, never trained on: its accuracy and log-probability of the class are watched."""
     held_out: str = ""

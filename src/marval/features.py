@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from marval import imagenet
 from marval.models.classifier import Classifier
 from marval.models.vision import CIFAR10, CifarResNet, MobileNetV2
+from marval.shipped import classifier_folder
 from marval.tokenizers import to_float
 
 BATCH = 50
@@ -119,6 +120,7 @@ def load_features(spec: str, device: torch.device | str = "cpu", inception_weigh
         if not path.is_file():
             raise ValueError(f"no feature network {spec}: the file does not exist")
         return (mobilenet_features if path.suffix == ".npz" else cifar_features)(path, device)
+    path = classifier_folder(path)
     if not path.is_dir():
         known = (
             "inception, a folder of marval train-classifier, mobilenet_v2*.npz, resnet*.th, path/to/file.py:function"

@@ -8,6 +8,7 @@ from marval.checkpoint import read_json, tensor_shapes
 from marval.models.blip import TEXT_CONFIG, TOKENIZER, WEIGHTS
 from marval.models.clip import quiet
 from marval.models.quality import Brisque
+from marval.shipped import classifier_folder
 
 KNOWN = (
     "classifier, reads-class, pickscore:SOURCE, clip:SOURCE, hps:SOURCE, imagereward:SOURCE, aesthetic:CLIP:HEAD, "
@@ -107,8 +108,9 @@ def check_classifier(source: str) -> None:
     if Path(source).suffix in (".th", ".npz"):
         _check_exists(Path(source))
         return
-    read_json(Path(source) / "config.json")
-    tensor_shapes(Path(source) / "model.safetensors")
+    folder = classifier_folder(source)
+    read_json(folder / "config.json")
+    tensor_shapes(folder / "model.safetensors")
 
 
 def check_function(spec: str) -> None:

@@ -31,6 +31,7 @@ from marval.data import ImageDataset, LazyImages, prefetch
 from marval.distributed import World, restore, whole, whole_state
 from marval.latents import LatentDataset
 from marval.models.mar import MAR
+from marval.shipped import classifier_folder
 
 Rest = TypeVar("Rest")
 Read = TypeVar("Read")
@@ -39,7 +40,8 @@ FREE = ("device", "shard", "accumulate", "activation_checkpointing", "compile")
 
 
 def digest_of(path: Path) -> str:
-    """Start of the SHA-256 of a file, or of the weights in a model folder."""
+    """Start of the SHA-256 of a file, or of the weights in a folder or of a classifier that comes with marval."""
+    path = classifier_folder(path)
     with open(path if path.is_file() else path / "model.safetensors", "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 

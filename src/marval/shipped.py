@@ -1,13 +1,15 @@
-"""Models that come with marval, by names such as `fashion-mnist/student`."""
+"""Models and classifiers that come with marval, by names such as `fashion-mnist/student`."""
 
 from pathlib import Path
 
 FOLDER = Path(__file__).parent / "checkpoints"
+MODELS = ("teacher", "student", "aligned")
 
 
 def names() -> list[str]:
-    """All of them, sorted."""
-    return sorted(file.parent.relative_to(FOLDER).as_posix() for file in FOLDER.glob("*/*/config.json"))
+    """All models, sorted."""
+    files = FOLDER.glob("*/*/config.json")
+    return sorted(file.parent.relative_to(FOLDER).as_posix() for file in files if file.parent.name in MODELS)
 
 
 def model_folder(path: str | Path) -> Path:
@@ -25,3 +27,9 @@ def model_folder(path: str | Path) -> Path:
     problem = "is a file, not a folder" if path.exists() else "does not exist"
     shipped = f", or one of {', '.join(known)}" if known else ""
     raise ValueError(f"model {str(path)!r} {problem}: give a model's folder{shipped}")
+
+
+def classifier_folder(path: str | Path) -> Path:
+    """The path as given, or the folder of the classifier of this name, such as `fashion-mnist/judge`."""
+    path = Path(path)
+    return FOLDER / path if not path.exists() and (FOLDER / path / "config.json").is_file() else path

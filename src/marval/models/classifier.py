@@ -14,6 +14,7 @@ from marval.checkpoint import load_strictly, load_tensors, read_json, save_tenso
 from marval.config import check, from_dict, to_dict
 from marval.data import ImageDataset, batch_indices, random_shift
 from marval.rng import generator
+from marval.shipped import classifier_folder
 from marval.tokenizers import to_float
 
 FORMAT = 1
@@ -131,12 +132,13 @@ class Classifier(nn.Module):
 
     @classmethod
     def load(cls, path: str | Path, device: torch.device | str = "cpu") -> "Classifier":
-        """A folder that `save` wrote, in eval mode.
+        """A folder that `save` wrote, or a classifier that comes with marval, in eval mode.
 
         Raises:
             ValueError: something is missing, damaged or does not fit; the message names the file and the tensor.
         """
-        file = Path(path) / "config.json"
+        path = classifier_folder(path)
+        file = path / "config.json"
         config = read_json(file)
         if not isinstance(config, dict) or config.get("format") != FORMAT or "classifier" not in config:
             raise ValueError(f"{file} does not describe a marval classifier: make one with marval train-classifier")
@@ -145,7 +147,7 @@ class Classifier(nn.Module):
             classifier = cls(sizes, config["class_names"], config.get("provenance"))
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{file}: {error}") from None
-        file = Path(path) / "model.safetensors"
+        file = path / "model.safetensors"
         load_strictly(classifier, load_tensors(file), str(file))
         return classifier.to(device).eval()
 
