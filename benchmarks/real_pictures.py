@@ -225,7 +225,8 @@ class Study:
         parts = {split: load_dataset(self.data, split) for split in ("train", "test")}
         real = real_features(self.data, parts, networks, self.sets)
         self.protocol |= {
-            "precision": self.precision, "data": parts["train"].source, **{f"{split} images": len(part) for split, part in parts.items()},
+            "precision": self.precision, "data": parts["train"].source,
+            **{f"{split} images": len(part) for split, part in parts.items()},
             **{name: f"{network.name}, sha256 {network.digest}" for name, network in networks.items()},
         }  # fmt: skip
         device = self.specs[-1]
