@@ -98,9 +98,17 @@ def test_alarms():
     expected = {"reward", "brightness", "contrast", "clipped", "edge_density", "entropy", "fid", "kid", "recall"}
     assert {f"{name}_heldout" for name in expected} <= alarms.keys()
     assert alarms["brightness_heldout"] < 0 < alarms["fid_heldout"]
-    assert watching.collapsed(alarms)
-    assert not watching.collapsed({name: 9.0 for name in alarms if name.removesuffix("_heldout") in STATISTICS})
-    assert not watching.collapsed(dict(list(alarms.items())[:4]))
+    assert watching.collapsed(alarms, black, ranges)
+    assert not watching.collapsed({n: 9.0 for n in alarms if n.removesuffix("_heldout") in STATISTICS}, black, ranges)
+    assert not watching.collapsed(dict(list(alarms.items())[:4]), first, ranges)
+    recall = ranges["recall_heldout"][0]
+    for share, alike in ((0.6, False), (0.4, True)):
+        values = first | {"recall_heldout": share * recall}
+        found = watching.collapsed({"recall_heldout": -9.0}, values, ranges)
+        assert found.startswith("images are alike: recall_heldout") == alike, found
+    assert not watching.collapsed({}, first | {"recall_heldout": 0.4 * recall}, ranges), "within its range"
+    off = dataclasses.replace(watching, config=dataclasses.replace(watching.config, collapse=0))
+    assert not off.collapsed(alarms, black, ranges)
     better = {"reward_heldout": 1e3, "fid_heldout": 0.0, "precision_heldout": 2.0, "accuracy_heldout": 2.0}
     assert watching.alarms(first | better, ranges) == {}
     assert list(watching.alarms(first | {"kid_heldout": float("nan")}, ranges)) == ["kid_heldout"]
@@ -121,9 +129,9 @@ def test_without_a_network_there_are_no_distances():
     ranges = watching.ranges(student, watching.look(student))
     alarms = watching.alarms(watching.look(plain(-40.0)), ranges)
     assert alarms.keys() == {f"{name}_heldout" for name in STATISTICS - {"saturation"}}, "of grey images"
-    assert watching.collapsed(alarms), "there is nothing else to tell"
+    assert watching.collapsed(alarms, {}, ranges), "there is nothing else to tell"
     few = dataclasses.replace(watching, config=dataclasses.replace(watching.config, collapse=4))
-    assert not few.collapsed(dict(list(alarms.items())[:4]))
+    assert not few.collapsed(dict(list(alarms.items())[:4]), {}, ranges)
 
 
 def test_features_of_the_trained_reward_are_not_watched():

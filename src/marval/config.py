@@ -390,8 +390,8 @@ class RLConfig(RunConfig):
     range_width: float = 3.0
     """A held-out number raises an alarm if it is further from the starting student's than this many spreads."""
     collapse: int = 5
-    """A model with so many alarms at once, one of them no mere image statistic, counts as collapsed, and is never the
-    best; 0 for never."""
+    """A model with so many alarms at once, one of them no mere image statistic, or with less than half of the starting
+    student's recall, counts as collapsed, and is never the best; 0 for never."""
     gsim: GSIMConfig = GSIMConfig(lr=1e-4, auxiliary_lr=2e-4)
     """The anchor's objective, and the learning rates of student and auxiliary."""
 

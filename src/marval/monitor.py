@@ -2,7 +2,7 @@
 
 Watched are the trained reward, rewards and a judge that are not trained on, FID, KID, precision and recall, and
 statistics of the images, where hacking shows first. One that leaves its range raises an alarm; a model with many at
-once has collapsed.
+once, or with half of its variety lost, has collapsed.
 """
 
 import dataclasses
@@ -46,6 +46,8 @@ SHARES = ("brightness", "contrast", "saturation", "edge_density", "clipped")
 STATISTICS = (*SHARES, "entropy")
 RESERVED = (*STATISTICS, "colours", "features", "reward", "judge", "accuracy", "fid", "kid", "precision", "recall")
 """Names that a held-out reward cannot take."""
+LEAST_RECALL = 0.5
+"""Share of the starting student's recall below which images are so alike that the model has collapsed."""
 Ranges = dict[str, list[float]]
 """Centre and spread of each number, by its name."""
 
@@ -291,15 +293,19 @@ class Monitor:
                 found[name] = distance
         return found
 
-    def collapsed(self, alarms: Mapping[str, float]) -> bool:
-        """Whether these are too many.
+    def collapsed(self, alarms: Mapping[str, float], values: Mapping[str, float], ranges: Ranges) -> str:
+        """Why the model has: too many alarms, or images alike; empty if it has not.
 
         Image statistics alone may be what the reward asks for: they count where nothing else is watched and all that
         can raise an alarm do.
         """
+        recall = "recall_heldout"
+        if self.config.collapse > 0 and recall in alarms and values[recall] < LEAST_RECALL * ranges[recall][0]:
+            return f"images are alike: {recall} {values[recall]:.4g}, the starting student's is {ranges[recall][0]:.4g}"
         quality = [name for name in alarms if name.removesuffix("_heldout") not in STATISTICS]
         enough = bool(quality) or (not self.independent and len(alarms) == len(self.statistics))
-        return enough and 0 < self.config.collapse <= len(alarms)
+        many = enough and 0 < self.config.collapse <= len(alarms)
+        return f"{len(alarms)} alarms ({', '.join(alarms)})" if many else ""
 
     def limits(self, name: str, ranges: Ranges) -> tuple[float, float]:
         """Both ends of a number's range."""

@@ -183,7 +183,7 @@ def align(config: RLConfig, student_folder: Path, out: Path, resume: bool, best:
         stated = monitor.stated(best["ranges"]) if step == 0 else {}
         run.log(step, **values, alarms=len(alarms), **{f"alarm_{name}": far for name, far in alarms.items()}, **stated)
         score = monitor.score(values)
-        collapsed = monitor.collapsed(alarms)
+        collapsed = monitor.collapsed(alarms, values, best["ranges"])
         if score > best["score"] and not collapsed:
             weights = {name: v.cpu().clone() for name, v in own_part_of(candidate.network).state_dict().items()}
             best.update(score=score, step=step, misses=0, weights=weights)
@@ -198,7 +198,7 @@ def align(config: RLConfig, student_folder: Path, out: Path, resume: bool, best:
             what = f"held-out reward {values['reward_heldout']:.4g} has reached the target {config.target:g}"
             best["stop"] = f"{what}; best is update {best['step']}"
         elif 0 < config.patience <= best["collapsed"]:
-            best["stop"] = f"collapsed: {len(alarms)} alarms ({', '.join(alarms)}); best is update {best['step']}"
+            best["stop"] = f"collapsed: {collapsed}; best is update {best['step']}"
         elif 0 < config.patience <= best["misses"]:
             best["stop"] = f"no better held-out score since update {best['step']}"
 
