@@ -6,7 +6,7 @@
     python benchmarks/real_pictures.py page                                # docs/results.md from the committed results
 
 The folder holds teacher, student, aligned (or not), classifier and judge. The judge is a classifier of another
-architecture and seed that took part in no training, reward or selection. Data: data/NAME.npz, or --data.
+architecture and seed that took part in no training and no reward. Data: data/NAME.npz, or --data.
 
 A row and seed is added to benchmarks/results/real_pictures_NAME.json as soon as it is there. Its images lie in chunks
 in FOLDER/sets (--sets) until someone removes them, so that an interrupted or longer row draws only what is missing.
@@ -39,6 +39,7 @@ from marval.distill import make_student
 from marval.draw import write_npz
 from marval.evaluate import NEIGHBOURS, weights_digest
 from marval.features import FeatureNetwork, load_features
+from marval.images import image_grid, save_png
 from marval.metrics import Moments, Statistics, frechet_distance, precision_recall
 from marval.pipeline import Pipeline
 from marval.reference import CHUNK, load_reference, save_reference
@@ -250,6 +251,22 @@ class Study:
                 self.save("rows", {key: dataclasses.asdict(row) | {"seed": seed, "device": device, "values": done}})
                 shown = ", ".join(f"{name} {value:.4g}" for name, value in values[counts[-1]].items())
                 print(f"{key}: {shown}; {time.perf_counter() - start:.0f} s", flush=True)
+        self.show(parts["test"], seeds[0])
+
+    def show(self, real: ImageDataset[np.ndarray], seed: int) -> None:
+        """docs/images/pictures_NAME.png: real images, then those of every model, two of each class, the same seeds.
+
+        Only once all are drawn; the teacher's with most steps.
+        """
+        k, classes = self.protocol["ar_steps"], len(self.models["student"].class_names)
+        own = [row for row in self.rows if row.ar_steps == k and row.solver == "ancestral"]
+        shown = [next(row for row in own if row.model == model) for model in self.models if model != "untrained"]
+        if not all(f"{row.name}/{seed}" in self.read()["rows"] for row in shown):
+            return
+        places_of = [np.flatnonzero(real.labels == label)[:2] for label in range(classes)]
+        blocks = [real.images[np.array(places_of).T.ravel()], *(self.draw(row, seed, 2 * classes)[0] for row in shown)]
+        grid = image_grid(np.concatenate(blocks), columns=2 * classes, scale=max(1, 56 // real.images.shape[1]))
+        save_png(places(self.quick).pictures / f"pictures_{self.name}.png", grid)
 
     def draw(self, row: Row, seed: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Images, uint8 NHWC, of the classes in turn, and their labels; chunks that are on disk are read."""

@@ -248,6 +248,12 @@ def section(results: Mapping[str, Any], pictures: Path) -> str:
         f"{protocol['classifier']}. Judge: {protocol['judge']}. Models: {digests}.",
         *filter(None, [about_times(results), verdict(results, rows, count)]),
     ]
+    if (shown := pictures / f"pictures_{name}.png").exists():
+        models = ", ".join(role for role in ("student", "aligned") if role in protocol)
+        parts.append(f"![Images of every model](images/{shown.name})")
+        parts.append(
+            f"From above: real test images, teacher (100 steps), {models}; of every class two, the same seeds."
+        )
     file = pictures / f"results_{name}.png"
     if plot(results, rows, count, file):
         parts.append(f"![FID against seconds per image](images/{file.name})")

@@ -76,8 +76,11 @@ def test_run_resume_clock_page(scripts, models, quick, capsys):
     assert {key.partition("/")[0] for key in rows} >= {"untrained-k4", "student-k8", "teacher-k4-1-ddpm"}
     assert "teacher-k4-1-ddim/0" not in rows, "one step is the same with both solvers"
 
+    grid = np.asarray(Image.open(quick.parent / "images" / "pictures_digits.png"))
+    assert grid.shape[:2] == (1 + 57 * 3, 1 + 57 * 20), "real, teacher, student; two of each class"
     scripts[0].main(["page", "--quick"])
     page = (quick.parent / "results.md").read_text()
+    assert "![Images of every model](images/pictures_digits.png)" in page
     assert not (quick.parent / "images" / "results_digits.png").exists(), "no plot without times"
     real_pictures.main(["clock", "digits", str(models), "--quick", "--batch", "1"])
     times = read_json(quick)["clock"]
