@@ -380,7 +380,7 @@ class RLConfig(RunConfig):
     """The score on held-out seeds that picks the best model and that `patience` watches: the reward, the judge's
     log-probability, the first of `held_out`, or FID. auto: the judge, else `held_out`, else the reward."""
     patience: int = 3
-    """Stop after this many evaluations without a better score, or of a collapsed model; 0 for never."""
+    """Stop after this many evaluations without a better score, or of a collapsed model; 0: only `target` stops."""
     eval_every: int = 20
     """Updates between held-out evaluations."""
     eval_images: int = 500

@@ -233,7 +233,8 @@ def _measure_chunks(
         images, labels = images[:own], labels[:own]
         rows = network(images).parts() | {"seconds": torch.full((own,), seconds)}
         for name, reward in rewards.items():
-            rows[f"{PREFIX}{name}"] = _rewards(reward, images, [prompts[label] for label in labels], model.device)
+            asked = [prompts[label] for label in labels]
+            rows[f"{PREFIX}{name}"] = _rewards(reward, images, asked, model.device, first)
         if png is not None and world.rank < len(group):
             for i, (image, label) in enumerate(zip(images, labels, strict=True), first):
                 save_png(png / f"{i:06d}_{file_name(model.class_names[label])}.png", image)
@@ -246,12 +247,12 @@ def _measure_chunks(
 
 
 @torch.no_grad()
-def _rewards(reward: Reward, images: np.ndarray, prompts: list[str], device: torch.device) -> Tensor:
-    """(B,) float32 on the CPU, of batches of fixed size."""
+def _rewards(reward: Reward, images: np.ndarray, prompts: list[str], device: torch.device, first: int) -> Tensor:
+    """(B,) float32 on the CPU, of batches of fixed size; ``first`` is the number of the first image."""
     parts = []
     for start in range(0, len(images), BATCH):
         batch = to_float(torch.from_numpy(images[start : start + BATCH]).to(device))
-        parts.append(score(UserReward(reward), batch, prompts[start : start + BATCH]).cpu())
+        parts.append(score(UserReward(reward), batch, prompts[start : start + BATCH], first + start).cpu())
     return torch.cat(parts)
 
 
@@ -452,7 +453,7 @@ def _load_rewards(specs: Sequence[str], classifier: str, config: EvaluateConfig,
             spec, classifier=classifier, class_names=model.class_names, template=config.prompt, device=model.device
         )  # fmt: skip
         black = np.zeros((1, size, size, channels), np.uint8)
-        _rewards(rewards[spec], black, class_prompts(config.prompt, model.class_names)[:1], model.device)
+        _rewards(rewards[spec], black, class_prompts(config.prompt, model.class_names)[:1], model.device, 0)
     return rewards
 
 
