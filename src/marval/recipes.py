@@ -92,9 +92,9 @@ def fashion_mnist_student() -> DistillConfig:
 def fashion_mnist_aligned() -> RLConfig:
     """The Fashion-MNIST student after RL on a classifier's log-probability of the asked class, held by GSIM and KL.
 
-    Held-out reward -0.276 -> -0.226, judge -0.247 -> -0.208, FID (judge's features, training split) 0.405 -> 0.386 in 60
-    updates, 6 to 15 minutes on one CPU core (2026-11-25; ``--reference data/fashion-mnist.npz:train``, classifier and
-    judge as they come along). Without KL, FID rises from the first evaluation on (docs/LOG.md).
+    Held-out reward -0.276 -> -0.226, judge -0.247 -> -0.208, FID (judge's features, training split) 0.405 -> 0.386,
+    in 15 minutes on one CPU core beside other work (2026-11-25; ``--reference data/fashion-mnist.npz:train``,
+    classifier and judge as they come along). Without KL, FID rises from the start (docs/LOG.md).
     """
     return RLConfig(
         steps=60, batch=64, ar_steps=16, ema=0.9, precision="bf16", save_every=20, sample_every=60, eval_every=10,
