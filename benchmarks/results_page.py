@@ -235,14 +235,16 @@ def about_times(results: Mapping[str, Any]) -> str:
 def section(results: Mapping[str, Any], pictures: Path) -> str:
     """What was measured, tables, plot."""
     name, protocol, rows = results["name"], results["protocol"], grouped(results)
-    command = f"`python benchmarks/real_pictures.py run {name} {results['folder']}`"
     if not rows:
         return f"### {name}\n\n{about_times(results)}"
+    precision = protocol["precision"]
+    bf16 = " --precision bf16" if precision == "bf16" else ""
+    command = f"`python benchmarks/real_pictures.py run {name} {results['folder']}{bf16}`"
     count, *others = counts_of(rows)
     digests = ", ".join(f"{role} {protocol[role]}" for role in ("teacher", "student", "aligned") if role in protocol)
     parts = [
         f"### {name}",
-        f"Measured by {command}, {measured_on(results['about rows'], protocol['precision'])}. Data: "
+        f"Measured by {command}, {measured_on(results['about rows'], precision)}. Data: "
         f"{protocol['data']}, {protocol['train images']:,} training and {protocol['test images']:,} test images. "
         f"Guidance w = {protocol['guidance']:g}, {protocol['guidance_schedule']}. Classifier: "
         f"{protocol['classifier']}. Judge: {protocol['judge']}. Models: {digests}.",
