@@ -79,7 +79,7 @@ def fashion_mnist_student() -> DistillConfig:
     """One-step student of the Fashion-MNIST teacher, for every guidance scale in 1..3: backbone and head.
 
     The head alone would not see what guidance depends on (docs/LOG.md, 2026-11-25). FID (as the teacher's) 8.1,
-    accuracy 91.7 %, in 39 minutes on one CPU core beside other work, with --compile (2026-11-25; the card of
+    accuracy 91.7 %, in 38 minutes on one CPU core beside other work, with --compile (2026-11-25; the card of
     ``fashion-mnist/student``).
     """
     return DistillConfig(
