@@ -1,7 +1,6 @@
 """The ablation of the distillation at its smallest size: variants differ in one setting, rows are kept, the page."""
 
 import dataclasses
-import importlib
 import json
 import sys
 from pathlib import Path
@@ -16,17 +15,12 @@ from marval import recipes
 from marval.checkpoint import read_json
 from marval.config import DistillConfig, to_dict
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 QUICK = "real_pictures", "results_page", "distill_ablation"
 
 
 @pytest.fixture(scope="module")
 def ablation() -> ModuleType:
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        return importlib.import_module("distill_ablation")
-    finally:
-        sys.path.remove(str(BENCHMARKS))
+    return tiny.benchmark("distill_ablation")
 
 
 @pytest.fixture(scope="module")

@@ -1,25 +1,17 @@
 """The GPU suite at its smallest size on the CPU: every stage runs, errors and limits are recorded."""
 
-import importlib
 import json
-import sys
 import time
-from pathlib import Path
 from types import ModuleType
 
 import pytest
+import tiny
 import torch
-
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
 
 @pytest.fixture(scope="module")
 def suite() -> ModuleType:
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        return importlib.import_module("gpu_suite")
-    finally:
-        sys.path.remove(str(BENCHMARKS))
+    return tiny.benchmark("gpu_suite")
 
 
 def test_every_stage(suite, tmp_path, capsys):

@@ -1,9 +1,7 @@
 """The measurement of real pictures at its smallest size: every verb, resumed, extended, refused; and its arithmetic."""
 
-import importlib
 import json
 import shutil
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,16 +18,10 @@ from marval.evaluate import class_accuracy, frechet_distance, image_moments
 from marval.models.classifier import Classifier
 from marval.pipeline import Pipeline
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
-
 
 @pytest.fixture(scope="module")
 def scripts() -> tuple[ModuleType, ModuleType]:
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        return importlib.import_module("real_pictures"), importlib.import_module("results_page")
-    finally:
-        sys.path.remove(str(BENCHMARKS))
+    return tiny.benchmark("real_pictures"), tiny.benchmark("results_page")
 
 
 @pytest.fixture(scope="module")

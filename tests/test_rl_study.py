@@ -1,8 +1,6 @@
 """The study of RL at its smallest size: rows are not measured again, other models are refused; and the page."""
 
-import importlib
 import shutil
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,16 +13,10 @@ from marval.checkpoint import read_json, write_json
 from marval.monitor import image_statistics
 from marval.pipeline import Pipeline
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
-
 
 @pytest.fixture(scope="module")
 def scripts() -> tuple[ModuleType, ModuleType]:
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        return importlib.import_module("rl_study"), importlib.import_module("rl_page")
-    finally:
-        sys.path.remove(str(BENCHMARKS))
+    return tiny.benchmark("rl_study"), tiny.benchmark("rl_page")
 
 
 @pytest.fixture(scope="module")
