@@ -30,6 +30,8 @@ PERCENT = ("accuracy", "precision", "recall", "clipped")
 DIFFERENT = ("reward", "judge", "brisque", "accuracy", "fid", "recall")
 T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 """Student's t for 95 % intervals of a mean of so many values."""
+MANY = 50_000
+"""Images over which RL and best of n have the same compute."""
 FID_FACTOR, RECALL_FACTOR, JUDGE_SHARE = 1.5, 0.5, 0.1
 """See `hacked`."""
 CRITERION = (
@@ -112,6 +114,12 @@ def numbers(found: Mapping[str, Row], columns: Sequence[str]) -> list[str]:
     return [interval([after(row).get(name) for row in found.values()], name in PERCENT) for name in columns]
 
 
+def reward_of_best(n: float, best: Mapping[int, float]) -> float:
+    """The reward of the best of n, linear in log n between those measured."""
+    counts = sorted(best)
+    return float(np.interp(math.log(n), [math.log(m) for m in counts], [best[m] for m in counts]))
+
+
 def equal_n(reward: float, best: Mapping[int, float]) -> tuple[float, bool]:
     """The n whose best of n has this reward, linear in log n between those measured, and whether it is beyond all."""
     pairs = sorted(best.items())
@@ -123,25 +131,35 @@ def equal_n(reward: float, best: Mapping[int, float]) -> tuple[float, bool]:
 
 
 def against_best(rows: Rows, key: str) -> list[str]:
-    """Seconds of RL and of an image, the n of equal reward and the images at which both have cost the same."""
+    """Seconds of RL and of an image; the n that costs as much over `MANY` images, what that n has more than the
+    student, and RL; the n of equal reward and the images at which both have cost the same."""
     ending = ", reads the class (0 or 1)" if "reads the class" in key else ""
     best = {int(k.split("/")[1].split(",")[0]): of(rows, k) for k in keys_of(rows, "best of n")
             if k.endswith(ending) and ("," in k) == bool(ending)}  # fmt: skip
-    found = of(rows, key)
-    seconds = interval([row["run_seconds"] for row in found.values()])
-    timed = {seed: row for seed, row in found.items() if "seconds_per_image" in row}
-    per_image = interval([1000 * row["seconds_per_image"] for row in timed.values()])
-    equal: dict[str, tuple[float, bool]] = {}
+    timed = {seed: row for seed, row in of(rows, key).items() if "seconds_per_image" in row}
+    cells: dict[str, list[float]] = {name: [] for name in ("n", "best", "rl", "equal", "even")}
+    beyond = False
     for seed, row in timed.items():
         rewards = {n: after(by_seed[seed])["reward"] for n, by_seed in best.items() if seed in by_seed}
-        if len(rewards) > 1 and row["kept"]["reward"] > rewards[min(rewards)]:
-            equal[seed] = equal_n(row["kept"]["reward"], rewards)
-    if not equal:
-        return [seconds, per_image, "", ""]
-    beyond = any(more for _, more in equal.values())
-    even = [timed[s]["run_seconds"] / (n - 1) / timed[s]["seconds_per_image"] for s, (n, _) in equal.items() if n > 1]
-    shown = interval([n for n, _ in equal.values()]), interval(even)
-    return [seconds, per_image, ("> " if beyond else "") + shown[0], ("< " if beyond else "") + shown[1]]
+        if len(rewards) < 2:
+            continue
+        own, start = row["kept"]["reward"], rewards[min(rewards)]
+        images = row["run_seconds"] / row["seconds_per_image"]
+        cells["n"].append(1 + images / MANY)
+        cells["best"].append(reward_of_best(cells["n"][-1], rewards) - start)
+        cells["rl"].append(own - start)
+        if own > start:
+            n, more = equal_n(own, rewards)
+            beyond |= more
+            cells["equal"].append(n)
+            cells["even"] += [images / (n - 1)] if n > 1 else []
+    equal, even = interval(cells["equal"]), interval(cells["even"])
+    return [
+        interval([row["run_seconds"] for row in timed.values()]),
+        interval([1000 * row["seconds_per_image"] for row in timed.values()]),
+        interval(cells["n"]), interval(cells["best"], sign=True), interval(cells["rl"], sign=True),
+        f"{'> ' * beyond}{equal}", f"{'< ' * beyond}{even}",
+    ]  # fmt: skip
 
 
 # ---- tables
@@ -157,11 +175,16 @@ def gain(rows: Rows) -> list[str]:
     lines += [[title(key), *numbers(of(rows, key), columns), verdict(of(rows, key))] for key in (*keys, *best)]
     text = ["### Gain", table(["", *(COLUMNS[name] for name in columns), "hacked"], lines)]
     costs = [[title(key), *against_best(rows, key)] for key in keys]
-    head = ["", "seconds of RL", "ms per image", "n of equal reward", "images until RL pays"]
+    head = [
+        "", "seconds of RL", "ms per image", f"n of equal compute, {MANY:,} images", "its gain", "RL's gain",
+        "n of equal reward", "images until RL pays",
+    ]  # fmt: skip
     text += [
         "At equal compute: RL's seconds, evaluations included, and those of drawing and scoring an image of the "
-        "student right after it in the same process. Best of n costs n images where the aligned model costs one; the n "
-        "of equal reward is interpolated for each seed (`>`: beyond the largest n in a seed).",
+        f"student right after it in the same process. Best of n costs n images where the aligned model costs one: over "
+        f"{MANY:,} images, as many as FID is published with, both have cost the same at the n given, whose reward is "
+        "interpolated for each seed, as is the n of equal reward (`>`: beyond the largest n in a seed). Gains are in "
+        "the trained reward.",
         table(head, costs),
     ]
     paired = []
@@ -190,6 +213,7 @@ def anchors(rows: Rows) -> list[str]:
     named = {"student": "student"}
     if "anchors/none, gentle learning rate" in keys:
         named["algorithms/gradient, log-probability"] = "GSIM 1, gentle learning rate"
+        named["algorithms/gradient, log-probability, KL 0.03"] = "GSIM 1 and KL 0.03, gentle learning rate"
     named |= {key: title(key) for key in keys}
     lines = [[name, *numbers(of(rows, key), columns), verdict(of(rows, key))] for key, name in named.items()]
     text = ["### Anchors", CRITERION, table(["anchor", *(COLUMNS[name] for name in columns), "hacked"], lines)]

@@ -4,7 +4,8 @@
     python benchmarks/rl_study.py run digits runs/quickstart --stages cost,memory --seeds 0
     python benchmarks/rl_study.py page                            # docs/rl.md from the committed results
 
-``runs/quickstart`` stands for any folder with teacher, student, classifier and judge. Results are added to
+``runs/quickstart`` stands for any folder with teacher, student, classifier and judge; the last two may be elsewhere
+(--classifier, --judge). Results are added to
 benchmarks/results/rl_study.json, one row per run, as soon as they are there, the first seed of all rows first. A run
 keeps the model of its evaluations that its own reward likes best, or what a row says; numbers and pictures are of that
 model, on images that chose nothing. The same images measure the student and its best of n. Seeds vary RL alone:
@@ -85,6 +86,8 @@ class Study:
     pressure: float = 1e-3
     """Of the student, where hacking is to be provoked."""
     ar_steps: int = 8
+    group: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Settings of algorithm group, where they are not the shipped ones."""
     grey: float = 0.4
     """Mean brightness that pays most where both algorithms chase the same optimum."""
 
@@ -96,7 +99,11 @@ STUDIES = {
     ),
     "fashion-mnist": Study(
         data="data/fashion-mnist.npz:test", updates=36, pressed=24, images=400, batch=32, best=(1, 2, 4, 8),
-        cost_batch=4, precision="bf16",
+        cost_batch=4, precision="bf16", group={"batch": 128, "group_size": 16, "std": 0.3, "steps": 72},
+    ),
+    "cifar10": Study(
+        data="data/cifar10.npz:test", updates=36, pressed=24, images=400, batch=32, best=(1, 2, 4, 8),
+        cost_batch=4, precision="bf16", group={"batch": 128, "group_size": 16, "std": 0.3},
     ),
 }  # fmt: skip
 
@@ -130,17 +137,22 @@ ONE_STEP: dict[str, Any] = {"grad_ar_steps": 1, "grad_ar_choice": "random"}
 GUARDS = {name: getattr(RLConfig(), name) for name in ("patience", "collapse")} | {"select": "judge"}
 """As they are shipped."""
 PICTURED = (
-    "algorithms/gradient, log-probability", "algorithms/group, reads the class (0 or 1)", "anchors/none",
+    "algorithms/gradient, log-probability", "algorithms/gradient, log-probability, KL 0.03",
+    "algorithms/group, reads the class (0 or 1)", "anchors/none",
     "anchors/GSIM 10", "anchors/ink, none", "anchors/ink, GSIM 1", "anchors/ink, GSIM 10",
     "anchors/ink and classifier, none", "anchors/ink and classifier, GSIM 10",
 )  # fmt: skip
 """Of the seed that is measured first."""
 SKIPPED = {
-    "fashion-mnist": (
-        "algorithms/group, log-probability", "anchors/GSIM 1, falling to 0.1", "anchors/adapters of rank 4",
-        "anchors/2 random AR steps", "anchors/ink, KL 0.003", "anchors/ink and classifier, KL 0.03",
-        "intermediates/one gradient step, anchor none", "agreement/gradient", "agreement/group",
-    )
+    "fashion-mnist": ("agreement/gradient", "agreement/group"),
+    "cifar10": (
+        "algorithms/group, log-probability", "anchors/GSIM 1, falling to 0.1", "anchors/KL 0.003",
+        "anchors/adapters of rank 4", "anchors/2 random AR steps", "anchors/hinge at half the student's",
+        "anchors/target at half the student's", "anchors/ink, GSIM 1", "anchors/ink, KL 0.003",
+        "anchors/ink and classifier, GSIM 10", "anchors/ink and classifier, KL 0.03",
+        "intermediates/one gradient step, anchor none", "intermediates/one AR step, anchor GSIM 1",
+        "agreement/gradient", "agreement/group",
+    ),
 }  # fmt: skip
 """Rows that a study whose updates are dear goes without."""
 
@@ -217,7 +229,9 @@ class Job:
 class Bench:
     """One study's models and results."""
 
-    def __init__(self, name: str, run: Path, quick: bool, scratch: Path):
+    def __init__(
+        self, name: str, run: Path, quick: bool, scratch: Path, classifier: str | None = None, judge: str | None = None
+    ):  # fmt: skip
         study = STUDIES[name]
         if quick:
             study = dataclasses.replace(study, updates=2, pressed=2, images=40, best=(1, 2), cost_batch=4, chain=4)
@@ -235,7 +249,10 @@ class Bench:
             self.held_out = [f"brisque:{BRISQUE}"] if BRISQUE.is_dir() else []
             if not self.held_out:
                 print(f"BRISQUE is not measured: its files are not in {BRISQUE}")
-        models = {part: digest(run / part) for part in ("teacher", "student", "classifier", "judge")}
+        self.classifier, self.judge = classifier or str(run / "classifier"), judge or str(run / "judge")
+        places = {"teacher": run / "teacher", "student": run / "student"}
+        places |= {"classifier": Path(self.classifier), "judge": Path(self.judge)}
+        models = {part: digest(place) for part, place in places.items()}
         protocol = {"study": dataclasses.asdict(study), "weights": models, "held_out": len(self.held_out)}
         self.results: dict[str, Any] = {"rows": {}, "pictures": {}} | self.stored().get(name, {})
         protocol = json.loads(json.dumps(protocol))  # as it is read back
@@ -255,6 +272,8 @@ class Bench:
 
     def save(self) -> None:
         self.read()
+        pictures = self.results["pictures"]
+        self.results["pictures"] = {key: pictures[key] for key in ("student", *PICTURED) if key in pictures}
         self.results |= {"versions": versions(torch.device("cpu")), "date": time.strftime("%Y-%m-%d")}
         self.file.parent.mkdir(parents=True, exist_ok=True)
         write_json(self.file, self.stored() | {self.name: self.results})
@@ -323,14 +342,14 @@ class Bench:
     def config(self, **changes: Any) -> RLConfig:
         """Watched alike in every run: judge and its features against the real images, and, where it is not trained
         on, the classifier's log-probability. No model is too bad to be kept: hacking is to be seen."""
-        study, folder = self.study, self.folder
+        study = self.study
         lr, steps = changes.pop("lr", study.lr), changes.get("steps", study.updates)
         watched = [] if changes.get("reward", "classifier") == "classifier" else ["classifier"]
         given = {
             "steps": steps, "batch": study.batch, "ar_steps": study.ar_steps, "ema": 0.9, "log_every": steps,
             "save_every": 10_000, "sample_every": 0, "eval_every": max(1, steps // 3), "range_seeds": 3,
             "eval_images": study.images, "patience": 0, "collapse": 0, "checkpoint_ar_steps": False, "select": "reward",
-            "classifier": str(folder / "classifier"), "judge": str(folder / "judge"), "reference": study.data,
+            "classifier": self.classifier, "judge": self.judge, "reference": study.data,
             "held_out": ",".join([*watched, *self.held_out]), "precision": study.precision,
             "gsim": GSIMConfig(lr=lr, auxiliary_lr=2 * lr),
         }  # fmt: skip
@@ -339,7 +358,7 @@ class Bench:
     def reward(self, spec: str = "classifier") -> Reward:
         """By name, as a run loads it."""
         return load_reward(
-            spec, classifier=str(self.folder / "classifier"), class_names=self.student.class_names,
+            spec, classifier=self.classifier, class_names=self.student.class_names,
             template=RLConfig().prompt, device="cpu",
         )  # fmt: skip
 
@@ -414,8 +433,9 @@ class Bench:
 
     def algorithms(self, seed: int) -> Iterator[Job]:
         """Differentiable and black box, gently, with the default anchor."""
-        group: dict[str, Any] = {"algorithm": "group", "lr": 3 * self.study.lr, "timed": True}
+        group: dict[str, Any] = {"algorithm": "group", "lr": 3 * self.study.lr, "timed": True} | self.study.group
         yield self.align("algorithms/gradient, log-probability", seed, timed=True)
+        yield self.align("algorithms/gradient, log-probability, KL 0.03", seed, timed=True, kl=0.03)
         yield self.align("algorithms/group, reads the class (0 or 1)", seed, reward="reads-class", **group)
         yield self.align("algorithms/group, log-probability", seed, **group)
 
@@ -547,9 +567,10 @@ SEEDED = ("algorithms", "best_of_n", "anchors", "intermediates", "agreement")
 ONCE = ("cost", "memory")
 
 
-def digest(folder: Path) -> str:
-    """Which weights a folder holds."""
-    return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()[:16]
+def digest(place: Path) -> str:
+    """Which weights a folder, or a file, holds."""
+    file = place / "model.safetensors" if place.is_dir() else place
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
 
 
 def read_line(line: str) -> dict[str, Any]:
@@ -585,6 +606,8 @@ def main(args: Sequence[str] | None = None) -> None:
     run.add_argument("folder", type=Path)
     run.add_argument("--stages", default=",".join((*SEEDED, *ONCE)))
     run.add_argument("--seeds", default="0,1,2")
+    run.add_argument("--classifier", help="as of marval rl; FOLDER/classifier if left out")
+    run.add_argument("--judge", help="likewise; FOLDER/judge if left out")
     for verb in (run, page):
         verb.add_argument("--quick", action="store_true", help="a trial: 2 updates, 40 images, a temporary place")
     given = parser.parse_args(args)
@@ -592,7 +615,7 @@ def main(args: Sequence[str] | None = None) -> None:
         rl_page.write_page(given.quick)
         return
     with tempfile.TemporaryDirectory(prefix="rl-study-") as scratch:
-        bench = Bench(given.name, given.folder, given.quick, Path(scratch))
+        bench = Bench(given.name, given.folder, given.quick, Path(scratch), given.classifier, given.judge)
         bench.run(given.stages.split(","), numbers(given.seeds, int, "--seeds"))
 
 
