@@ -134,13 +134,14 @@ def write_clip(folder: Path, sizes: dict[str, Any]) -> None:
 
 
 def write_files(case: Case, images: Path, kl16_keys: Path, count: int) -> None:
-    """checkpoint-last.pth, kl16.ckpt, clip/, and photographs of ``count`` classes."""
+    """checkpoint-last.pth, kl16.ckpt, clip/ and a head on it, and photographs of ``count`` classes."""
     shapes = json.loads(kl16_keys.read_text())["state_dict_shapes"]
     torch.save({"model": {n: random_tensor(n, shape) for n, shape in shapes.items()}}, case.root / "kl16.ckpt")
     torch.save(mar_checkpoint(case.model), case.root / "checkpoint-last.pth")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         write_clip(case.root / "clip", CLIP_B if case.size in PRESETS else CLIP_TINY)
+    torch.save({"weight": torch.full((1, 512), 0.1), "bias": torch.zeros(1)}, case.root / "aesthetic.pth")
     folders = sorted(path for path in images.iterdir() if path.is_dir())
     for folder in folders[:: max(1, len(folders) // count)][:count]:
         shutil.copytree(folder, case.root / "images" / folder.name)
@@ -285,8 +286,10 @@ def planned(case: Case) -> tuple[Any, Any, MARConfig, StudentConfig | None]:
         sampling = dataclasses.replace(recipe.sampling, ar_steps=case.ar_steps)
         return "train", dataclasses.replace(recipe, model=model, sampling=sampling, **data, **common), model, None
     if case.stage == "rl":
-        own = {"reward": f"clip:{case.root / 'clip'}", "eval_images": case.batch, "patience": 0}
-        own |= {"ar_steps": case.ar_steps, "held_out": "", "select": "reward"}
+        clip = case.root / "clip"  # in the place of every reward that is one, or a head on one
+        held_out = f"clip:{clip},hps:{clip},aesthetic:{clip}:{case.root / 'aesthetic.pth'}"
+        own = {"reward": f"pickscore:{clip}", "held_out": held_out, "eval_images": case.batch, "patience": 0}
+        own |= {"ar_steps": case.ar_steps, "select": "reward"}
         return "rl", dataclasses.replace(recipes.RL[case.recipe](), **own, **common), case.model, student
     own = {"trained": case.stage.split()[1], "ar_steps": case.ar_steps}
     return "distill", dataclasses.replace(recipes.DISTILL[case.recipe](), **own, **data, **common), case.model, None

@@ -1,6 +1,5 @@
 """The side-by-side with the reference MAR: its stand-ins, the map of names, the recorded numbers, what is reported."""
 
-import importlib.util
 import json
 import os
 import sys
@@ -8,6 +7,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import tiny
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -20,14 +20,7 @@ CONFIG = SamplingConfig(ar_steps=4, head_steps=5, guidance=2.9, guidance_schedul
 
 @pytest.fixture(scope="module")
 def benchmark() -> ModuleType:
-    file = ROOT / "benchmarks" / "against_reference.py"
-    spec = importlib.util.spec_from_file_location("against_reference", file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["against_reference"] = module
-    spec.loader.exec_module(module)
-    return module
+    return tiny.benchmark("against_reference")
 
 
 @pytest.fixture(scope="module")
@@ -204,9 +197,7 @@ def test_the_whole_benchmark(benchmark, checkout, tmp_path, capsys):
 @pytest.fixture
 def suite(benchmark, tmp_path):
     """The GPU suite at its smallest size, on the CPU."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / "benchmarks"))
-        module = importlib.import_module("gpu_suite")
+    module = tiny.benchmark("gpu_suite")
     found = module.Suite(tmp_path / "found.json", torch.device("cpu"), module.TINY, 1)
     return module, found
 

@@ -1,6 +1,5 @@
 """Timing: rows, their split, the ratio, and both kinds of folder; the floor against PyTorch's counter."""
 
-import importlib.util
 import json
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -215,13 +214,7 @@ def test_what_the_floor_is_made_of():
 
 @pytest.fixture(scope="module")
 def speed_floor() -> ModuleType:
-    file = Path(__file__).resolve().parents[1] / "benchmarks" / "speed_floor.py"
-    spec = importlib.util.spec_from_file_location("speed_floor", file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return tiny.benchmark("speed_floor")
 
 
 def test_the_page_shows_the_committed_results(speed_floor):
@@ -279,9 +272,8 @@ def test_measurements_reach_the_tables(speed_floor, tmp_path):
         speed_floor.page("no markers", 1e12)
 
 
-def test_single_ar_steps_over_their_floor(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[1] / "benchmarks"))
-    script, out = importlib.import_module("time_over_floor"), tmp_path / "rows.json"
+def test_single_ar_steps_over_their_floor(tmp_path):
+    script, out = tiny.benchmark("time_over_floor"), tmp_path / "rows.json"
     words = [str(out), "--sizes", "tiny", "--batches", "1,2", "--steps", "3", "--repeats", "1"]
     script.main(words)
     first = out.read_text()

@@ -2,35 +2,27 @@
 
 import argparse
 import dataclasses
-import importlib.util
 import json
+import math
 import os
-import sys
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+import tiny
 import torch
 
 from marval.config import RunConfig
 from marval.distributed import connect
 from marval.run import Run
 
-FILE = Path(__file__).resolve().parents[1] / "benchmarks" / "imagenet_scale.py"
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
 
 @pytest.fixture(scope="module")
 def scale() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("imagenet_scale", FILE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["imagenet_scale"] = module
-    spec.loader.exec_module(module)
-    return module
+    return tiny.benchmark("imagenet_scale")
 
 
 def test_checkpoint_has_the_layout_of_the_published_ones(scale, shared):
@@ -77,6 +69,7 @@ def test_every_stage(scale, shared, tmp_path, monkeypatch):
     steps = {row["stage"]: row["timed_updates"] for row in rows if "timed_updates" in row}
     assert steps == {"train": 2, "distill head": 2, "distill all": 2, "rl": 1}
     losses = [row["metrics"] for row in rows if "metrics" in row]
+    assert all(math.isfinite(value) for loss in losses for value in loss.values())
     assert all(set(loss) & {"mse", "student_loss", "reward"} for loss in losses)
     text = scale.table(rows)
     assert len(text.splitlines()) == len(rows) + 1
