@@ -135,6 +135,15 @@ def test_json_form(tokenizer, codec):
     assert tokenizer_from_dict(json.loads(json.dumps(tokenizer_to_dict(pixels)))) == pixels
 
 
+def test_latents_of_a_taesd_have_a_range(tokenizer, codec):
+    low, high = tokenizer.token_range
+    assert (low, high) == ((-3 - tokenizer.shift) * tokenizer.scale, (3 - tokenizer.shift) * tokenizer.scale)
+    values = tokenizer_to_dict(tokenizer)
+    del values["magnitude"]  # a folder that an older marval wrote
+    assert tokenizer_from_dict(values, codec).token_range == (low, high)
+    assert tokenizer_from_dict(values).token_range is None, "of an autoencoder that is not at hand nothing is known"
+
+
 def test_json_form_of_marval_0_1():
     tokenizer = tokenizer_from_dict({"kind": "latents", "grid": 16, "channels": 16, "patch_size": 1})
     assert tokenizer == LatentTokenizer(image_size=256, channels=16, patch_size=1, stride=16, scale=0.2325)

@@ -104,6 +104,8 @@ class LatentTokenizer:
     scale: float
     shift: float = 0.0
     image_channels: int = 3
+    magnitude: float | None = None
+    """Unscaled latents lie within ± this, where known: see `AutoencoderConfig`."""
     folder: Path | None = field(default=None, compare=False)
     """config.json and diffusion_pytorch_model.safetensors of the autoencoder."""
 
@@ -126,8 +128,11 @@ class LatentTokenizer:
         return self.channels * self.patch_size**2
 
     @property
-    def token_range(self) -> None:
-        return None
+    def token_range(self) -> tuple[float, float] | None:
+        """Where the chain is clamped: an undertrained teacher of latents goes astray without (docs/LOG.md)."""
+        if self.magnitude is None:
+            return None
+        return (-self.magnitude - self.shift) * self.scale, (self.magnitude - self.shift) * self.scale
 
     @property
     def has_images(self) -> bool:
@@ -203,7 +208,8 @@ def load_tokenizer(spec: str, image_size: int, patch_size: int, channels: int = 
     tensor_shapes(folder / WEIGHTS)  # a damaged file is better found now than after hours of work
     return LatentTokenizer(
         image_size=image_size, channels=config.latent_channels, patch_size=patch_size, stride=config.stride,
-        scale=config.scale, shift=config.shift, image_channels=config.image_channels, folder=folder,
+        scale=config.scale, shift=config.shift, image_channels=config.image_channels, magnitude=config.magnitude,
+        folder=folder,
     )  # fmt: skip
 
 
@@ -245,15 +251,17 @@ def tokenizer_from_dict(values: dict[str, Any], folder: Path | None = None) -> T
         raise ValueError(f"unknown tokenizer kind {kind!r}: known are pixels, latents")
     if "grid" in values:  # marval 0.1: always MAR's KL-16, without its weights
         values |= {"image_size": 16 * values.pop("grid") * values["patch_size"], "stride": 16, "scale": MAR_SCALE}
+    if folder is None:
+        return LatentTokenizer(**values)
+    found = describe(folder)
+    tensor_shapes(folder / WEIGHTS)
+    values.setdefault("magnitude", found.magnitude)  # unknown to the marval that wrote it
     tokenizer = LatentTokenizer(**values, folder=folder)
-    if folder is not None:
-        found = describe(folder)
-        tensor_shapes(folder / WEIGHTS)
-        if (found.latent_channels, found.stride) != (tokenizer.channels, tokenizer.stride):
-            raise ValueError(
-                f"{folder} holds an autoencoder of {found.latent_channels} channels and stride {found.stride}, "
-                f"the model was made with {tokenizer.channels} and {tokenizer.stride}"
-            )
+    if (found.latent_channels, found.stride) != (tokenizer.channels, tokenizer.stride):
+        raise ValueError(
+            f"{folder} holds an autoencoder of {found.latent_channels} channels and stride {found.stride}, "
+            f"the model was made with {tokenizer.channels} and {tokenizer.stride}"
+        )
     return tokenizer
 
 

@@ -35,6 +35,8 @@ class AutoencoderConfig:
     """Factor that gives the latents about unit variance."""
     shift: float
     """Subtracted from the latents before scaling."""
+    magnitude: float | None
+    """Latents lie within ± this, but for a few; None where that is not known. TAESD's decoder squashes them there."""
 
 
 def describe(folder: Path) -> AutoencoderConfig:
@@ -65,6 +67,7 @@ def describe(folder: Path) -> AutoencoderConfig:
             stride=2 ** (len(stages) - 1),
             scale=float(config.get("scaling_factor") or (0.18215 if kind == "AutoencoderKL" else 1.0)),
             shift=float(config.get("shift_factor") or 0.0),
+            magnitude=None if kind == "AutoencoderKL" else float(config.get("latent_magnitude", 3)),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is no complete config of an {kind}: {type(error).__name__} {error}") from None
