@@ -175,7 +175,7 @@ class Monitor:
         monitor = cls(config, world, prompts, rewards, judge, network, reference, not watched <= trained, shown)
         count = trial_size(len(prompts))
         labels = torch.tensor([class_in_turn(i, count, len(prompts)) for i in range(count)], device=world.device)
-        images = student.sample(labels.tolist(), seed=config.seed)
+        images = student.sample(labels.tolist(), seed=config.seed, batch_size=PROBE)
         for start in range(0, count, PROBE):
             monitor.row(images[start : start + PROBE], labels[start : start + PROBE], start)
         if network is None or reference is not None:

@@ -98,10 +98,11 @@ def align(config: RLConfig, student_folder: Path, out: Path, resume: bool, best:
     )  # fmt: skip
 
     def drawn(count: int) -> tuple[Tensor, list[str]]:
-        """Images of the starting student, classes in turn, and their prompts; the same on all processes."""
-        asked = [class_in_turn(i, count, num_classes) for i in range(count)]
-        images = to_float(torch.from_numpy(model.sample(asked, seed=config.seed))).to(world.device)
-        return images, [prompts[label] for label in asked]
+        """Images of the starting student, classes in turn, and their prompts; the same on all processes. No more are
+        decoded at once than in an update."""
+        asked, few = [class_in_turn(i, count, num_classes) for i in range(count)], config.batch // config.accumulate
+        images = model.sample(asked, seed=config.seed, batch_size=-(-few // world.size))
+        return to_float(torch.from_numpy(images)).to(world.device), [prompts[label] for label in asked]
 
     trial = check_reward(reward, *drawn(trial_size(num_classes)))
     if config.algorithm == "group" and bool((trial == trial[0]).all()):

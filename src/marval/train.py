@@ -89,7 +89,7 @@ def save_sample_grid(run: Run, model: Pipeline, step: int, rows: int = 4) -> Non
     if not model.tokenizer.has_images:
         return
     classes = list(range(min(10, len(model.class_names))))
-    images = model.sample(classes, num_images=rows * len(classes), seed=run.config.seed)
+    images = model.sample(classes, num_images=rows * len(classes), seed=run.config.seed, batch_size=len(classes))
     (run.out / "samples").mkdir(exist_ok=True)
     grid = image_grid(images, columns=len(classes), scale=max(1, 64 // images.shape[1]))
     save_png(run.out / "samples" / f"step-{step:06d}.png", grid)
