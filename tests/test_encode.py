@@ -70,7 +70,7 @@ def test_what_is_stored(images: str, codec: str, tmp_path: Path, capsys: pytest.
     files = ["index.json", "labels.npy", "reconstructions.png", *(f"shard-0000{i}.npy" for i in range(3))]
     assert sorted(path.name for path in out.iterdir()) == [*files, "tokenizer"]
     data = load_data(str(out), image_size=32)
-    assert data.class_names == ["ant", "bee", "cat"]
+    assert (data.class_names, data.licence) == (["ant", "bee", "cat"], "not stated")
     assert data.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
     assert [len(np.load(out / name)) for name in files[3:]] == [5, 5, 2]
     load_latents(out).verify()
@@ -185,7 +185,11 @@ def test_train_and_val(codec: str, tmp_path: Path):
         tmp_path / "images", [f"{split}/{c}/{i}.jpg" for split in ("train", "val") for c in "ab" for i in "01"]
     )
     (root / "val" / "b" / "1.jpg").unlink()
+    (root / "LICENCE.txt").write_text("CC0\nmore\n")
     encode(str(root), codec, tmp_path / "out", 32)
+    encode(str(root / "train"), codec, tmp_path / "half", 32)
+    for data in (root, root / "train", tmp_path / "out", tmp_path / "half"):
+        assert load_data(str(data), image_size=32).licence == "CC0"
     sizes = [len(load_data(str(tmp_path / "out"), split)) for split in ("train", "test", "all")]
     assert sizes == [4, 3, 7]
     shutil.rmtree(root / "val" / "b")

@@ -62,7 +62,8 @@ def load_dataset(
     Args:
         source: ``digits`` (embedded); a folder with one sub-folder per class (sorted by name), images anywhere
             below it; or an .npz of ``images`` (uint8 NHWC), ``labels`` (N,), ``class_names``, and where they are
-            known ``test`` (bool (N,): held out; otherwise every fifth of a class), ``source`` and ``licence``.
+            known ``test`` (bool (N,): held out; otherwise every fifth of a class), ``source`` and ``licence``. The
+            licence of a folder is the first line of its LICENCE.txt.
         image_size: centre-crop to squares of this size; None if all images already are squares of one size.
         classes: the sub-folders, or ImageNet's 1,000, of which the sub-folders are named by WordNet id.
 
@@ -75,7 +76,8 @@ def load_dataset(
     if Path(source).suffix == ".npz":
         return _npz(Path(source), split, image_size, classes)
     paths, labels, names = _labelled_files(Path(source), split, classes)
-    return ImageDataset(read_equal(paths, image_size, squares=True), labels, names, source, "not stated")
+    images = read_equal(paths, image_size, squares=True)
+    return ImageDataset(images, labels, names, source, stated_licence(Path(source)))
 
 
 def load_data(
@@ -101,11 +103,11 @@ def load_data(
     paths, labels, names = _labelled_files(root, split, classes)
     side = image_size or min(open_image(paths[0]).size)
     if len(paths) * side * side * 3 <= IN_MEMORY:
-        return ImageDataset(read_equal(paths, image_size, squares=True), labels, names, source, "not stated")
+        return load_dataset(source, split, image_size, classes)
     if image_size is None:
         raise ValueError(f"{root} holds {len(paths)} images, too many to compare their sizes: choose an --image-size")
     images = LazyImages(paths, image_size)
-    return ImageDataset(images, labels, names, source, "not stated")
+    return ImageDataset(images, labels, names, source, stated_licence(root))
 
 
 def _check(split: str, image_size: int | None) -> None:
@@ -187,6 +189,15 @@ def _labelled_files(root: Path, split: Split, classes: Classes) -> tuple[list[st
         raise ValueError(f"the {split} split of {root} is empty: every class has one image only; add images")
     labels = np.repeat(np.arange(len(files)), [len(group) for group in files.values()]).astype(np.int64)
     return paths, *class_labels(labels, list(files), classes, root)
+
+
+def stated_licence(root: Path) -> str:
+    """First line of LICENCE.txt, LICENSE.txt or LICENSE in a folder of images, for its train/ beside that."""
+    folders = (root, root.parent) if root.name in ("train", "val", "test") else (root,)
+    for file in (folder / name for folder in folders for name in ("LICENCE.txt", "LICENSE.txt", "LICENSE")):
+        if file.is_file() and (text := file.read_text(errors="replace").strip()):
+            return text.splitlines()[0].strip()
+    return "not stated"
 
 
 def split_folders(root: Path) -> tuple[Path, Path] | None:

@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from marval.checkpoint import read_json, write_atomically, write_json
-from marval.data import prefetch, split_folders
+from marval.data import prefetch, split_folders, stated_licence
 from marval.distributed import World, connect
 from marval.images import THREADS, image_grid, save_png
 from marval.latents import FORMAT, load_latents, read_index, sha256
@@ -270,6 +270,7 @@ def _finish(
     _save_array(out / "labels.npy", labels)
     index = {
         **settings,
+        "licence": stated_licence(Path(settings["source"])),
         "num_images": len(labels),
         "class_counts": np.bincount(labels, minlength=len(settings["class_names"])).tolist(),
         "bad_images": len(bad),

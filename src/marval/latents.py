@@ -130,9 +130,8 @@ def load_latents(root: Path, split: Split = "train", classes: Classes = "folders
         parts.append(np.array(_map(folder / "labels.npy", np.dtype(np.int64), (index["num_images"],))))
     labels, names = class_labels(np.concatenate(parts), first["class_names"], classes, root, first["numbered_classes"])
     source = f"{first['source']}, encoded at {first['image_size']} px"
-    return LatentDataset(
-        labels, names, source, "not stated", first["image_size"], folders[0] / "tokenizer", folders, shards
-    )
+    licence = first.get("licence", "not stated")
+    return LatentDataset(labels, names, source, licence, first["image_size"], folders[0] / "tokenizer", folders, shards)
 
 
 def _map(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
