@@ -181,6 +181,8 @@ class Study:
         if quick:
             self.rows = all_rows(sampling.ar_steps, others[:1], has_aligned, (4, 1), (4,))
         self.specs = classifier, judge, device
+        given = {"data": data, "classifier": classifier, "judge": judge}
+        self.flags = "".join(f" --{name} {value}" for name, value in given.items() if value)
         self.protocol: dict[str, Any] = {
             **self.common, "ar_steps": sampling.ar_steps, "tokens": tokens, "few": self.few,
             **{role: self.digests[role] for role in roles},
@@ -199,6 +201,8 @@ class Study:
         results[part] |= entries
         about = {f"about {part}": about_now(self.models["student"].device)}
         results |= {"name": self.name, "folder": shown_folder(self.folder)} | about
+        if part == "rows":
+            results["flags"] = self.flags
         self.file.parent.mkdir(parents=True, exist_ok=True)
         write_json(self.file, results)
 

@@ -239,7 +239,7 @@ def section(results: Mapping[str, Any], pictures: Path) -> str:
         return f"### {name}\n\n{about_times(results)}"
     precision = protocol["precision"]
     bf16 = " --precision bf16" if precision == "bf16" else ""
-    command = f"`python benchmarks/real_pictures.py run {name} {results['folder']}{bf16}`"
+    command = f"`python benchmarks/real_pictures.py run {name} {results['folder']}{bf16}{results.get('flags', '')}`"
     count, *others = counts_of(rows)
     digests = ", ".join(f"{role} {protocol[role]}" for role in ("teacher", "student", "aligned") if role in protocol)
     parts = [
