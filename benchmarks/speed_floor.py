@@ -205,6 +205,10 @@ def training(results: Path) -> str:
     heads = ["update", "batch", "K", "seconds", "n", "floor", "x", "tokens/s", "peak GiB"]
     device = result["versions"]["device"]
     text = f"mar-b on {device}, {result['date']} ({link('imagenet_scale.json')}):\n\n{markdown(heads, rows)}"
+    for verb in verbs:
+        if later := stages[verb].get("date"):
+            busy = f"threads: {stages[verb]['threads']}, load average {stages[verb]['load_average']:.1f}"
+            text += f"\n\n{verb} was measured again on {later} ({busy}; its floor at that time's rate)."
     if {"distill head", "distill all"} <= set(stages):
         head, everything = stages["distill head"], stages["distill all"]
         ratio = everything["seconds"] / head["seconds"]
