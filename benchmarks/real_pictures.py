@@ -269,7 +269,7 @@ class Study:
             return
         places_of = [np.flatnonzero(real.labels == label)[:2] for label in range(classes)]
         blocks = [real.images[np.array(places_of).T.ravel()], *(self.draw(row, seed, 2 * classes)[0] for row in shown)]
-        grid = image_grid(np.concatenate(blocks), columns=2 * classes, scale=max(1, 56 // real.images.shape[1]))
+        grid = image_grid(np.concatenate(blocks), columns=2 * classes, scale=-(-56 // real.images.shape[1]))
         save_png(places(self.quick).pictures / f"pictures_{self.name}.png", grid)
 
     def draw(self, row: Row, seed: int, count: int) -> tuple[np.ndarray, np.ndarray]:
