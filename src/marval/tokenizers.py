@@ -104,7 +104,7 @@ class LatentTokenizer:
     scale: float
     shift: float = 0.0
     image_channels: int = 3
-    magnitude: float | None = None
+    magnitude: float | None = field(default=None, compare=False)
     """Unscaled latents lie within ± this, where known: see `AutoencoderConfig`."""
     folder: Path | None = field(default=None, compare=False)
     """config.json and diffusion_pytorch_model.safetensors of the autoencoder."""
