@@ -7,7 +7,8 @@ encode (of real photographs), train, distill (the head, everything), rl, sample,
 and recipes, each stage in a process of its own. On a GPU also `--sizes mar-b,mar-l,mar-h`: batches of training are the
 largest, up to a cap, that fit a GPU of 80 GB. Scratch files go to $TMPDIR: about 12 GB for mar-b, 50 GB for mar-h.
 mar-b took 27 minutes on 2 busy cores; `--sizes tiny` shows in a few that all works. Needs the extras latents and
-rewards, and ../shared (photographs, names of KL-16's tensors).
+rewards, and ../shared (photographs, names of KL-16's tensors). `--stages rl` measures this one again, after those that
+it starts from, and keeps the other rows of the file.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import re
 import resource
 import shutil
 import signal
@@ -33,16 +35,18 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from marval import importing, recipes
+from marval import imagenet, importing, recipes
 from marval.__main__ import main as marval
-from marval.checkpoint import load_tensors, write_json
+from marval.checkpoint import load_tensors, read_json, write_json
 from marval.config import PRESETS, EvaluateConfig, MARConfig, RunConfig, StudentConfig
 from marval.distill import distill
 from marval.dryrun import GIB, matmul_rate, plan
+from marval.models import blip
 from marval.models.mar import MAR
 from marval.pipeline import Pipeline
+from marval.reward_costs import IMAGEREWARD
 from marval.rl import rl
 from marval.run import Run, autocast, versions
 from marval.train import train
@@ -60,6 +64,10 @@ CLIP_B = {"text_config": {}, "vision_config": {}}
 """Sizes of CLIP ViT-B/32, transformers' defaults."""
 _TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 1}
 CLIP_TINY = {"text_config": _TOWER, "vision_config": _TOWER}
+BLIP_TINY = (
+    {**_TOWER, "num_attention_heads": 1, "hidden_size": 64, "patch_size": 16, "image_size": 32},
+    {**IMAGEREWARD[1], **_TOWER},
+)
 
 
 @dataclass(frozen=True)
@@ -133,14 +141,37 @@ def write_clip(folder: Path, sizes: dict[str, Any]) -> None:
     CLIPImageProcessorPil().save_pretrained(folder)
 
 
+def write_imagereward(folder: Path, vision: dict[str, Any], text: dict[str, Any]) -> None:
+    """An ImageReward of random weights in the published files; its words are those of ImageNet's prompts."""
+    import transformers
+
+    ours = nn.ModuleDict(dict(zip(("vision", "text", "head"), blip.networks(transformers, vision, text), strict=True)))
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in ours.state_dict().items():
+        if name.startswith("vision."):
+            for part, replacement in blip.VISION_PARTS.items():
+                name = name.replace(replacement, part)
+        start = next(start for start, replacement in blip.STARTS.items() if name.startswith(replacement))
+        name = start + name.removeprefix(blip.STARTS[start])
+        tensors[name] = random_tensor(name, list(tensor.shape))
+    folder.mkdir()
+    torch.save(tensors, folder / blip.WEIGHTS)
+    write_json(folder / blip.TEXT_CONFIG, text)
+    prompts = " ".join([recipes.PROMPT, *imagenet.names()]).lower()
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted(set(re.findall(r"\w+|[^\w\s]", prompts)))]
+    words += [f"[unused{i}]" for i in range(text["vocab_size"] - 2 - len(words))]
+    (folder / "vocab.txt").write_text("\n".join(words) + "\n")
+
+
 def write_files(case: Case, images: Path, kl16_keys: Path, count: int) -> None:
-    """checkpoint-last.pth, kl16.ckpt, clip/ and a head on it, and photographs of ``count`` classes."""
+    """checkpoint-last.pth, kl16.ckpt, clip/ and a head on it, imagereward/, and photographs of ``count`` classes."""
     shapes = json.loads(kl16_keys.read_text())["state_dict_shapes"]
     torch.save({"model": {n: random_tensor(n, shape) for n, shape in shapes.items()}}, case.root / "kl16.ckpt")
     torch.save(mar_checkpoint(case.model), case.root / "checkpoint-last.pth")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         write_clip(case.root / "clip", CLIP_B if case.size in PRESETS else CLIP_TINY)
+    write_imagereward(case.root / "imagereward", *(IMAGEREWARD if case.size in PRESETS else BLIP_TINY))
     torch.save({"weight": torch.full((1, 512), 0.1), "bias": torch.zeros(1)}, case.root / "aesthetic.pth")
     folders = sorted(path for path in images.iterdir() if path.is_dir())
     for folder in folders[:: max(1, len(folders) // count)][:count]:
@@ -177,7 +208,8 @@ def encode(case: Case) -> dict[str, Any]:
 
 
 def update(case: Case) -> dict[str, Any]:
-    """Mean seconds of an update of train, distill or rl after the warm-up; the last line of metrics.jsonl."""
+    """Mean seconds of an update of train, distill or rl after the warm-up; the last line of metrics.jsonl, or
+    the last two of rl, which has one of held-out images."""
     _, config, _, _ = planned(case)
     out = case.root / case.stage.replace(" ", "-")
     shutil.rmtree(out, ignore_errors=True)  # of a batch that was too large
@@ -189,7 +221,9 @@ def update(case: Case) -> dict[str, Any]:
     }
     ends = update_ends(loops[case.stage])
     assert len(ends) == case.steps
-    last = json.loads((out / "metrics.jsonl").read_text().splitlines()[-2 if case.stage == "rl" else -1])
+    last: dict[str, Any] = {}
+    for line in (out / "metrics.jsonl").read_text().splitlines()[-2 if case.stage == "rl" else -1 :]:
+        last |= {name: value for name, value in json.loads(line).items() if isinstance(value, float | int)}
     if case.stage != "distill head":  # the next stages start from this one
         shutil.rmtree(out)
     between = [b - a for a, b in pairwise(ends[case.warm_up - 1 :])]
@@ -246,6 +280,10 @@ STAGES: dict[str, Callable[[Case], dict[str, Any]]] = {
 }  # fmt: skip
 
 
+STARTS = ("import-kl16", "import-mar", "encode", "distill head")
+"""Stages whose folders the others read."""
+
+
 def is_teacher(case: Case) -> bool:
     return case.stage == "sample teacher"
 
@@ -287,7 +325,8 @@ def planned(case: Case) -> tuple[Any, Any, MARConfig, StudentConfig | None]:
         return "train", dataclasses.replace(recipe, model=model, sampling=sampling, **data, **common), model, None
     if case.stage == "rl":
         clip = case.root / "clip"  # in the place of every reward that is one, or a head on one
-        held_out = f"clip:{clip},hps:{clip},aesthetic:{clip}:{case.root / 'aesthetic.pth'}"
+        held_out = f"clip:{clip},imagereward:{case.root / 'imagereward'},hps:{clip}"
+        held_out += f",aesthetic:{clip}:{case.root / 'aesthetic.pth'}"
         own = {"reward": f"pickscore:{clip}", "held_out": held_out, "eval_images": case.batch, "patience": 0}
         own |= {"ar_steps": case.ar_steps, "select": "reward"}
         return "rl", dataclasses.replace(recipes.RL[case.recipe](), **own, **common), case.model, student
@@ -418,28 +457,40 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def benchmark(
     out: Path, sizes: list[str], device: str, images: Path, kl16_keys: Path, call: Callable[..., Any] = fresh,
-    each: Callable[..., Any] = at_once,
+    each: Callable[..., Any] = at_once, again: tuple[str, ...] = (),
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Run all stages; ``out`` is written after each. ``call`` a stage in a new process, and ``each`` of the plans."""
+    """Run all stages; ``out`` is written after each. ``call`` a stage in a new process, and ``each`` of the plans.
+
+    If stages run ``again``, those before them run too, but only the rows of the former are replaced in ``out``.
+    """
     rate = call(matmul_rate)
     about: dict[str, Any] = {
         "date": time.strftime("%Y-%m-%d"), "versions": call(versions, torch.device(device)), "matmul_rate": rate,
         "memory_limit": LIMIT if device == "cuda" else None,
     }  # fmt: skip
     rows: list[dict[str, Any]] = []
+    if again:
+        about = read_json(out)
+        rows = [row for row in about.pop("rows") if row["size"] not in sizes or row["stage"] not in again]
     for size in sizes:
         with tempfile.TemporaryDirectory(prefix="marval-scale-") as folder:
             call(write_files, Case(size, device, Path(folder)), images, kl16_keys, 4 if device == "cpu" else 16)
             for case, predicted in each(fit, cases(size, device, Path(folder))):
+                if again and case.stage not in (*again, *STARTS):
+                    continue
                 try:
-                    rows.append(run_stage(case, predicted, rate, call))
+                    row = run_stage(case, predicted, rate, call)
                 except Exception as error:  # of any stage: the others still run
                     reason = f"{type(error).__name__}: {error}".replace(folder, "").splitlines()[0]
-                    rows.append({"size": size, "stage": case.stage, "error": reason})
-                print(table(rows[-1:]).splitlines()[-1], flush=True)
-                write_json(out, {**about, "rows": rows})
+                    row = {"size": size, "stage": case.stage, "error": reason}
+                print(table([row]).splitlines()[-1], flush=True)
                 if case.stage == "import-mar":  # room on the disk
                     (Path(folder) / "checkpoint-last.pth").unlink()
+                if again and case.stage not in again:
+                    continue
+                rows.append(row | ({"date": time.strftime("%Y-%m-%d")} if again else {}))
+                rows.sort(key=lambda row: (list(SIZES).index(row["size"]), list(STAGES).index(row["stage"])))
+                write_json(out, {**about, "rows": rows})
     return rows
 
 
@@ -447,6 +498,7 @@ def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="JSON file of the results")
     parser.add_argument("--sizes", default="mar-b", help=f"comma-separated: {', '.join(SIZES)}")
+    parser.add_argument("--stages", default="", help=f"measure these again, comma-separated: {', '.join(STAGES)}")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     parser.add_argument(
         "--images", type=Path, default=SHARED / "data" / "imagenet_photos", help="folders by WordNet id"
@@ -457,6 +509,12 @@ def main(words: list[str] | None = None) -> None:
     for size in sizes:
         if size not in SIZES:
             parser.error(f"unknown size {size!r}: choose from {', '.join(SIZES)}")
+    again = tuple(stage for stage in args.stages.split(",") if stage)
+    for stage in again:
+        if stage not in STAGES:
+            parser.error(f"unknown stage {stage!r}: choose from {', '.join(STAGES)}")
+    if again and not args.out.is_file():
+        parser.error(f"{args.out} does not exist: without --stages all are measured into it")
     for path in (args.images, args.kl16_keys):
         if not path.exists():
             parser.error(f"{path} does not exist: name it with --images or --kl16-keys")
@@ -464,7 +522,7 @@ def main(words: list[str] | None = None) -> None:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the scratch files go, and the process of the stage
-    rows = benchmark(args.out, sizes, device, args.images, args.kl16_keys)
+    rows = benchmark(args.out, sizes, device, args.images, args.kl16_keys, again=again)
     print(f"\n{table(rows)}")
     if any("error" in row or row.get("equal") is False for row in rows):
         sys.exit(1)

@@ -76,6 +76,12 @@ def test_every_stage(scale, shared, tmp_path, monkeypatch):
     assert all(len(line) <= 120 for line in text.splitlines())
     assert "MARVAL_TRACEBACK" not in os.environ
 
+    assert {f"{name}_heldout" for name in ("reward", "clip", "imagereward", "hps", "aesthetic")} <= set(losses[-1])
+    again = scale.benchmark(out, ["tiny"], "cpu", images, keys, lambda f, *args: f(*args), map, ("rl",))
+    assert [row["stage"] for row in again] == [row["stage"] for row in rows]
+    assert [row["stage"] for row in again if "date" in row] == ["rl"]
+    assert [row for row in again if row["stage"] != "rl"] == [row for row in rows if row["stage"] != "rl"]
+
 
 def test_too_large_a_batch_gets_smaller(scale, tmp_path):
     asked = []

@@ -140,7 +140,7 @@ def pictures_student(data: str) -> DistillConfig:
 def pictures_student_on_cpu(data: str) -> DistillConfig:
     """The same on a CPU core."""
     return dataclasses.replace(
-        pictures_student(data), steps=2_000, batch=64, ema=0.995, warmup=20, save_every=100, sample_every=500,
+        pictures_student(data), steps=3_000, batch=64, ema=0.995, warmup=20, save_every=100, sample_every=500,
         log_every=20, precision="bf16", gsim=GSIMConfig(lr=3e-4, auxiliary_lr=6e-4),
     )  # fmt: skip
 
@@ -197,7 +197,7 @@ def cifar10_student() -> DistillConfig:
 
 def latents_student_on_cpu(data: str) -> DistillConfig:
     """Their one-step students: `pictures_student_on_cpu`."""
-    return dataclasses.replace(pictures_student_on_cpu(data), ar_steps=8, steps=3_000)
+    return dataclasses.replace(pictures_student_on_cpu(data), ar_steps=8)
 
 
 def cifar10_cpu_student() -> DistillConfig:
@@ -241,7 +241,7 @@ def imagenette64_cpu_teacher() -> TrainConfig:
 
     Head 8x192, as teacher and student both wait for the autoencoder, which on a CPU takes as long as a small backbone.
     """
-    config = pictures_teacher_on_cpu(imagenette64_teacher(), steps=6_000)
+    config = pictures_teacher_on_cpu(imagenette64_teacher())
     return dataclasses.replace(config, model=dataclasses.replace(config.model, dropout=0.0, head_depth=8))
 
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from marval.models.blip import MAX_TOKENS
-from marval.models.quality import ScoreHead
+from marval.checkpoint import read_json, read_state_dict
+from marval.models.blip import MAX_TOKENS, TEXT_CONFIG, WEIGHTS, convert, networks, vision_sizes
 from marval.reward_files import parts_of
 
 VIT_H = {
@@ -35,6 +35,14 @@ VIT_L = {
     "projection_dim": 768,
 }  # fmt: skip
 """Of openai/clip-vit-large-patch14, which the aesthetic heads read."""
+IMAGEREWARD = (
+    {**VIT_L["vision_config"], "patch_size": 16, "image_size": 224},
+    {
+        "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
+        "max_position_embeddings": 512, "vocab_size": 30524,
+    },
+)  # fmt: skip
+"""Its image encoder, and the text model of its med_config.json."""
 
 
 @dataclass
@@ -69,7 +77,7 @@ def scorers(specs: Sequence[str]) -> Scorers:
             raise ValueError("the size of a reward needs transformers: pip install 'marval[rewards]'") from None
         with torch.device("meta"):
             if kind == "imagereward":
-                network: nn.Module = _ImageReward(transformers)
+                network: nn.Module = _ImageReward(transformers, Path(source))
             else:
                 network = _Clip(transformers, kind, source.rpartition(":")[0] if kind == "aesthetic" else source, found)
         found.networks.append(network.requires_grad_(False).eval())
@@ -99,20 +107,20 @@ class _Clip(nn.Module):
 
 
 class _ImageReward(nn.Module):
-    """BLIP's ViT-L/16, and BERT-base that reads the longest prompt with the image in view."""
+    """Image encoder, and text model that reads the longest prompt with the image in view: those of the folder, or the
+    published ViT-L/16 and BERT-base."""
 
-    def __init__(self, transformers: Any):
+    def __init__(self, transformers: Any, folder: Path):
         super().__init__()
-        from transformers.models.blip.modeling_blip_text import BlipTextModel
-
-        vision = {**VIT_L["vision_config"], "patch_size": 16, "image_size": 224}
-        self.vision = transformers.BlipVisionModel(transformers.BlipVisionConfig(**vision))
-        text = transformers.BlipTextConfig(encoder_hidden_size=1024, num_attention_heads=12, is_decoder=True)
-        self.text = BlipTextModel(text, add_pooling_layer=False)
-        self.head = ScoreHead(768)
+        vision, text = IMAGEREWARD
+        if (folder / WEIGHTS).is_file():
+            tensors = convert(read_state_dict(folder / WEIGHTS)[0])
+            vision, text = vision_sizes(tensors, str(folder / WEIGHTS)), read_json(folder / TEXT_CONFIG)
+        self.vision, self.text, self.head = networks(transformers, vision, text)
+        self.size: int = vision["image_size"]
 
     def forward(self, images: Tensor) -> Tensor:
-        x = F.interpolate(images.expand(-1, 3, -1, -1), (224, 224), mode="bicubic", antialias=True)
+        x = F.interpolate(images.expand(-1, 3, -1, -1), (self.size, self.size), mode="bicubic", antialias=True)
         with torch.autocast("cpu", enabled=False):
             seen = self.vision(pixel_values=x).last_hidden_state
             tokens = torch.zeros(len(x), MAX_TOKENS, dtype=torch.long, device=x.device)

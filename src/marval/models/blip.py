@@ -23,7 +23,7 @@ MAX_TOKENS = 35
 """What ImageReward was trained on; its authors cut longer prompts."""
 PIXEL_MEAN, PIXEL_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 _HEAD_WIDTH = 64  # of an attention head in every published ViT of BLIP
-_STARTS = {
+STARTS = {
     "blip.visual_encoder.patch_embed.proj.": "vision.embeddings.patch_embedding.",
     "blip.visual_encoder.cls_token": "vision.embeddings.class_embedding",
     "blip.visual_encoder.pos_embed": "vision.embeddings.position_embedding",
@@ -32,10 +32,11 @@ _STARTS = {
     "blip.text_encoder.": "text.",
     "mlp.": "head.",
 }
-_VISION_PARTS = {
+VISION_PARTS = {
     ".norm1.": ".layer_norm1.", ".norm2.": ".layer_norm2.", ".attn.qkv.": ".self_attn.qkv.",
     ".attn.proj.": ".self_attn.projection.",
 }  # fmt: skip
+"""How names of tensors in the published file begin, and parts of those of its image encoder, with ours."""
 _UNUSED = ("blip.vision_proj.", "blip.text_proj.", "blip.text_encoder.embeddings.position_ids")
 
 
@@ -45,17 +46,21 @@ def convert(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for name, tensor in tensors.items():
         if name.startswith(_UNUSED):
             continue
-        start = next((start for start in _STARTS if name.startswith(start)), "")
-        new = _STARTS.get(start, "") + name.removeprefix(start)
+        start = next((start for start in STARTS if name.startswith(start)), "")
+        new = STARTS.get(start, "") + name.removeprefix(start)
         if new.startswith("vision."):
-            for part, replacement in _VISION_PARTS.items():
+            for part, replacement in VISION_PARTS.items():
                 new = new.replace(part, replacement)
         converted[new] = tensor.float()
     return converted
 
 
-def _vision_config(tensors: Mapping[str, Tensor], source: str) -> dict[str, Any]:
-    """Sizes of the image encoder, which the published folder does not name, from its tensors."""
+def vision_sizes(tensors: Mapping[str, Tensor], source: str) -> dict[str, Any]:
+    """transformers' settings of the image encoder, which the published folder does not name, from its tensors.
+
+    Raises:
+        ValueError: they are not those of ImageReward; names ``source``.
+    """
     try:
         width, _, patch, _ = tensors["vision.embeddings.patch_embedding.weight"].shape
         positions = tensors["vision.embeddings.position_embedding"].shape[1]
@@ -70,6 +75,20 @@ def _vision_config(tensors: Mapping[str, Tensor], source: str) -> dict[str, Any]
         "num_attention_heads": width // _HEAD_WIDTH, "image_size": round((positions - 1) ** 0.5) * patch,
         "layer_norm_eps": 1e-6,
     }  # fmt: skip
+
+
+def networks(transformers: Any, vision: dict[str, Any], text: dict[str, Any]) -> tuple[nn.Module, Any, nn.Module]:
+    """Image encoder, text model and head with these settings of transformers', of which unknown ones are left out; on
+    the meta device."""
+    from transformers.models.blip.modeling_blip_text import BlipTextModel
+
+    known = set(transformers.BlipTextConfig().to_dict())
+    text = {name: value for name, value in text.items() if name in known}
+    text |= {"encoder_hidden_size": vision["hidden_size"], "is_decoder": True}  # else it has no cross-attention
+    with torch.device("meta"):
+        reader = BlipTextModel(transformers.BlipTextConfig(**text), add_pooling_layer=False)
+        encoder = transformers.BlipVisionModel(transformers.BlipVisionConfig(**vision))
+        return encoder, reader, ScoreHead(reader.config.hidden_size)
 
 
 class ImageReward(nn.Module):
@@ -111,8 +130,6 @@ class ImageReward(nn.Module):
         if not is_folder and source.count("/") != 1:
             raise ValueError(f"{source!r} is neither a folder nor a hub name such as THUDM/ImageReward")
         with quiet(transformers):
-            from transformers.models.blip.modeling_blip_text import BlipTextModel
-
             if is_folder:
                 weights, config = (Path(source) / name for name in (WEIGHTS, TEXT_CONFIG))
                 if not any((Path(source) / name).is_file() for name in ("tokenizer.json", "vocab.txt")):
@@ -127,16 +144,10 @@ class ImageReward(nn.Module):
                         f"cannot fetch ImageReward from {source}: {' '.join(str(error).split())}"
                     ) from None
             tensors = convert(read_state_dict(weights)[0])
-            sizes = _vision_config(tensors, str(weights))
-            known = set(transformers.BlipTextConfig().to_dict())
-            text = {name: value for name, value in read_json(config).items() if name in known}
-            text |= {"encoder_hidden_size": sizes["hidden_size"], "is_decoder": True}  # else it has no cross-attention
+            sizes = vision_sizes(tensors, str(weights))
             try:
                 tokenizer = transformers.BertTokenizer.from_pretrained(source if is_folder else TOKENIZER)
-                with torch.device("meta"):
-                    vision = transformers.BlipVisionModel(transformers.BlipVisionConfig(**sizes))
-                    reader = BlipTextModel(transformers.BlipTextConfig(**text), add_pooling_layer=False)
-                    head = ScoreHead(reader.config.hidden_size)
+                vision, reader, head = networks(transformers, sizes, read_json(config))
             except Exception as error:  # each file has its own library, and each library its own kinds of error
                 raise ValueError(f"cannot load ImageReward from {source}: {' '.join(str(error).split())}") from None
         if reader.config.vocab_size - len(tokenizer) not in (0, 2):  # [DEC] and [ENC], which a prompt never has
