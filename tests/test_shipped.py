@@ -43,6 +43,15 @@ def test_sample_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert np.asarray(Image.open(tmp_path / "drawn" / "0000_sneaker.png")).shape == (28, 28)
 
 
+def test_models_of_a_recipe_share_an_autoencoder_and_copies_have_their_own(tmp_path: Path):
+    model = marval.load("emoji/student")
+    assert not (shipped.FOLDER / "emoji" / "student" / "tokenizer").exists()
+    model.save(tmp_path / "tokenizer" / "copy")  # in a folder of this name, which is no autoencoder
+    assert (tmp_path / "tokenizer" / "copy" / "tokenizer" / "config.json").is_file()
+    same = marval.load(tmp_path / "tokenizer" / "copy").sample([3], seed=1)
+    assert np.array_equal(same, model.sample([3], seed=1))
+
+
 def test_unknown_names(tmp_path: Path):
     with pytest.raises(ValueError, match=r"model 'fashion/student' does not exist: .*fashion-mnist/student"):
         marval.load("fashion/student")

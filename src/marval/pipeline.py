@@ -19,7 +19,7 @@ from marval.models.autoencoders import CONFIG, link_autoencoder
 from marval.models.mar import MAR
 from marval.models.packed import pack_linears
 from marval.rng import ImageNoise
-from marval.shipped import model_folder
+from marval.shipped import autoencoder_folder, model_folder
 from marval.tokenizers import (
     NO_IMAGES,
     LatentTokenizer,
@@ -137,8 +137,8 @@ class Pipeline:
         try:
             with torch.device("meta"):  # the weights follow: none are drawn
                 network = MAR(sizes, bool(student and student.guidance_range))
-            folder = path / "tokenizer" if (path / "tokenizer" / CONFIG).exists() else None
-            tokenizer = tokenizer_from_dict(config["tokenizer"], folder)
+            folder = autoencoder_folder(path)
+            tokenizer = tokenizer_from_dict(config["tokenizer"], folder if (folder / CONFIG).exists() else None)
             sampling_defaults = from_dict(SamplingConfig, config["sampling"])
             names = config["class_names"]
             check(

@@ -29,6 +29,11 @@ def model_folder(path: str | Path) -> Path:
     raise ValueError(f"model {str(path)!r} {problem}: give a model's folder{shipped}")
 
 
+def autoencoder_folder(model: Path) -> Path:
+    """Where a model has its autoencoder, if any: below it, or beside it, for all models of a recipe that come along."""
+    return (model.parent if model.resolve().is_relative_to(FOLDER.resolve()) else model) / "tokenizer"
+
+
 def classifier_folder(path: str | Path) -> Path:
     """The path as given, or the folder of the classifier of this name, such as `fashion-mnist/judge`."""
     path = Path(path)
