@@ -426,6 +426,19 @@ def test_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
         assert picture.size == (1080, 456)
 
 
+@pytest.mark.usefixtures("small_chunks")
+def test_a_reward_that_fails_names_the_image(tmp_path: Path):
+    """Counted over all chunks, in a sum as well."""
+    (tmp_path / "mine.py").write_text(
+        "seen = []\ndef odd(images, prompts):\n    seen.extend(prompts)\n"
+        "    return [0.5 if p == '3' and len(seen) > 21 else 1 for p in prompts]\n"
+    )
+    spec = f"verifiable:{tmp_path / 'mine.py'}:odd"
+    for i, rewards in enumerate((spec, f"1*reads-class + 1*{spec}")):
+        with pytest.raises(ValueError, match=r"is 0\.5 for image 23 \('3'\)"):
+            evaluate_folder(tiny.student(), tmp_path / f"{i}.json", config(rewards=rewards, prompt="{class}"))
+
+
 def test_refused(tmp_path: Path):
     (tmp_path / "small.npz").write_bytes(b"")
     np.savez(tmp_path / "small.npz", mu=np.zeros(3), sigma=np.eye(3))

@@ -14,7 +14,6 @@ from marval.models.classifier import Classifier
 from marval.monitor import Monitor, class_in_turn, image_statistics, networks_of, trial_size
 from marval.pipeline import Pipeline
 from marval.reward_files import short_name
-from marval.reward_models import ClipScore, PickScore
 from marval.rewards import Reward, UserReward, WeightedSum, load_reward
 
 CONFIG = RLConfig(batch=16, ar_steps=4, eval_images=60, prompt="a {class}")
@@ -167,10 +166,12 @@ def test_the_rewards_own_network_is_not_independent(tmp_path: Path):
 
 
 def test_networks_of_a_reward():
-    sum_of = WeightedSum([ClipScore(None), PickScore(None), UserReward(brightness)], [1, 1, 1])  # type: ignore[arg-type]
-    for part, name in zip(sum_of.rewards, ("clip:some/CLIP/", "pickscore:some/CLIP", "a.py:brightness"), strict=True):
+    same = ("clip:some/CLIP/", f"pickscore:{Path.cwd()}/some/CLIP", "aesthetic:some/CLIP:head.pth")
+    names = (*same, "a.py:brightness", "verifiable:./a.py:brightness")
+    sum_of = WeightedSum([UserReward(brightness) for _ in names], [1] * len(names))
+    for part, name in zip(sum_of.rewards, names, strict=True):
         part.name = name  # type: ignore[attr-defined]
-    assert networks_of(sum_of, "") == {"some/CLIP", "a.py:brightness"}
+    assert networks_of(sum_of, "") == {f"{Path.cwd()}/some/CLIP", f"{Path.cwd()}/a.py:brightness"}
 
 
 @pytest.mark.parametrize("value", [0, 1])

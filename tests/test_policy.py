@@ -38,6 +38,9 @@ def test_group_advantages():
     assert_close(advantages.std(1)[:2], torch.ones(2, dtype=torch.float64), rtol=1e-6, atol=0)
     assert not advantages[2:].any()
     assert torch.equal(advantages[0].argsort(), rewards[:8].argsort())
+    small = torch.cat([1e-7 * randn(8).abs(), torch.full((8,), 3e-7), torch.zeros(8)])  # of a reward with small units
+    assert policy.dead_groups(small, 8).tolist() == [False, True, True]
+    assert_close(policy.group_advantages(small, 8).view(3, 8)[0].std().item(), 1.0)
 
 
 @pytest.mark.parametrize(("count", "size"), [(8, 3), (8, 1), (4, 8)])

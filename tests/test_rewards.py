@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -139,7 +140,11 @@ def test_user_file(tmp_path: Path, images: Tensor):
         (torch.ones(()), r"of shape \(\)"),
         (torch.tensor([0, 2]), "torch.int64 of shape"),
         (torch.tensor([1.0, float("nan")]), r"reward of image 1 \('b'\) is nan"),
-        (torch.tensor([float("-inf"), 1.0]), r"reward of image 0 \('a'\) is -inf"),
+        (torch.tensor([float("-inf"), 1.0]), r"reward of image 0 \('a'\) is -inf: it must be finite"),
+        (
+            torch.tensor([1.0, 1e300], dtype=torch.float64),
+            r"reward of image 1 \('b'\) is 1e\+300: it must be within float32",
+        ),
     ],
 )
 def test_check_reward_refuses(result: object, message: str):
@@ -159,6 +164,32 @@ def test_check_reward_wants_the_gradient_it_is_promised():
         check_reward(UserReward(reward), torch.rand(2, 1, 8, 8), ["a", "b"])
 
 
+def overwritten(x: Tensor) -> Tensor:
+    """What its gradient needs is gone."""
+    y = torch.sigmoid(x.mean((1, 2, 3)))
+    z = y * y
+    y.add_(1)
+    return z
+
+
+class Picky(torch.autograd.Function):
+    """x, whose gradient is refused for the image that TRIED[2] is."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.bad = bool(torch.isin(TRIED.mean((1, 2, 3))[2], x))
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        if ctx.bad:
+            raise KeyError("no")
+        return gradients[0]
+
+
+TRIED = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
 @pytest.mark.parametrize(
     ("function", "message"),
     [
@@ -170,6 +201,11 @@ def test_check_reward_wants_the_gradient_it_is_promised():
             "its gradient is too small to change it for all 4 trial images$",
         ),
         (lambda x: torch.ones(4, requires_grad=True) * 2, "its result carries no gradient to the images"),
+        (lambda x: overwritten(x), r"its gradient fails on image 0 .'a'.: RuntimeError: .*modified by an inplace"),
+        (
+            lambda x: Picky.apply(x.mean((1, 2, 3))),
+            r"fails on image 2 .'c'.: KeyError: 'no' .test_rewards.py, line \d+",
+        ),
     ],
 )
 def test_a_gradient_that_cannot_teach(function: Callable[[Tensor], Tensor], message: str):
@@ -177,9 +213,8 @@ def test_a_gradient_that_cannot_teach(function: Callable[[Tensor], Tensor], mess
         return function(images)
 
     reward.differentiable = True  # type: ignore[attr-defined]
-    images = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     with pytest.raises(ValueError, match=message):
-        check_reward(UserReward(reward), images, list("abcd"))
+        check_reward(UserReward(reward), TRIED, list("abcd"))
 
 
 @pytest.mark.parametrize("size", [9, 20])

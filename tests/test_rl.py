@@ -189,6 +189,7 @@ def test_memory_of_a_rollout_does_not_grow_with_the_steps(file: Path):
         for steps in (4, 8):
             config = RLConfig(ar_steps=steps, checkpoint_ar_steps=recompute)
             reward = UserReward(lambda images, prompts: images.mean((1, 2, 3)))
+            reward.differentiable = True
             algorithm = RewardGradient(model, reward, config, model.network)
             batch = Batch(labels, [""] * 32, orders, z, w, exploration, frozenset(range(steps)))
             with Work() as work:
@@ -240,10 +241,12 @@ def test_adapters_learn_resume_and_serve_both_algorithms(file: Path, tmp_path: P
     assert brightness(aligned(tmp_path / "group", **group, **lora)) > before + 0.02
 
 
-def test_hinge_and_truncated_gradients(file: Path, tmp_path: Path):
+def test_hinge_and_truncated_gradients(file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """Below every reward, the hinge leaves nothing to learn; fewer AR steps with gradient give another gradient."""
     reward = {"reward": f"{file}:brightness", "steps": 4}
     aligned(tmp_path / "hinge", **reward, hinge=0.0)
+    assert tiny.metrics(tmp_path / "hinge")[1]["above_hinge"] == 1
+    assert "WARNING update 1: all rewards are above --hinge, so nothing is learned" in capsys.readouterr().err
     before, after = (load_file(path / "model.safetensors") for path in (tiny.student(), tmp_path / "hinge"))
     assert all(torch.equal(before[name], after[name]) for name in before)
     norms = {}

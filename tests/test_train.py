@@ -149,9 +149,9 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path):
             assert result.backward(lambda: (loss(weight), "rest"), weight=part)[1] == "rest"
         return result.step(step)
 
-    with pytest.raises(FloatingPointError, match="step 7: the loss of the auxiliary is not finite"):
+    with pytest.raises(FloatingPointError, match="step 8: the loss of the auxiliary is not finite"):
         update(lambda w: w.sum() + float("nan"), 7)
-    with pytest.raises(FloatingPointError, match="step 8: the gradient of scale of the auxiliary is not finite"):
+    with pytest.raises(FloatingPointError, match="step 9: the gradient of scale of the auxiliary is not finite"):
         update(lambda w: (w * float("inf")).sum(), 8)
     assert torch.equal(weight, torch.zeros(2)), "a bad gradient is never applied"
     assert update(lambda w: 30 * w.sum(), 9, (0.5, 0.25, 0.25)) == pytest.approx(30 * 2**0.5)

@@ -44,7 +44,7 @@ from marval.models.classifier import Classifier
 from marval.pipeline import Pipeline
 from marval.reference import Reference, chunk_rows, gather_chunks, load_reference, num_chunks, rounds, split_of
 from marval.reward_files import check_files, listed, parts_of
-from marval.rewards import UserReward, class_prompts, load_reward, score
+from marval.rewards import BaseReward, UserReward, class_prompts, load_reward, score
 from marval.rng import generator
 from marval.run import autocast, is_bf16, new_folder, versions, writable_folder
 from marval.shipped import model_folder
@@ -249,10 +249,10 @@ def _measure_chunks(
 @torch.no_grad()
 def _rewards(reward: Reward, images: np.ndarray, prompts: list[str], device: torch.device, first: int) -> Tensor:
     """(B,) float32 on the CPU, of batches of fixed size; ``first`` is the number of the first image."""
-    parts = []
+    parts, reward = [], reward if isinstance(reward, BaseReward) else UserReward(reward)
     for start in range(0, len(images), BATCH):
         batch = to_float(torch.from_numpy(images[start : start + BATCH]).to(device))
-        parts.append(score(UserReward(reward), batch, prompts[start : start + BATCH], first + start).cpu())
+        parts.append(score(reward, batch, prompts[start : start + BATCH], first + start).cpu())
     return torch.cat(parts)
 
 

@@ -101,15 +101,19 @@ def trial_size(classes: int) -> int:
 
 
 def networks_of(reward: Reward, classifier: str) -> set[str]:
-    """What a reward asks, each part of a sum: weights, a CLIP or a function; by the same name for the same."""
+    """What a reward asks, each part of a sum: the weights of a classifier, and where a CLIP, an ImageReward or a
+    function lies."""
     parts = reward.rewards if isinstance(reward, WeightedSum) else [reward]
     found = set()
     for part in parts:
-        kind, _, source = name_of(part).partition(":")
+        name = name_of(part)
+        kind, _, source = name.partition(":")
         if isinstance(part, ClassifierLogProb | ReadsClass):
             found.add(digest_of(Path(classifier)))
-        else:
-            found.add(str(Path(source)) if kind in ("clip", "pickscore", "hps") else name_of(part))
+            continue
+        if kind == "aesthetic":  # a head on a CLIP
+            source = source.rpartition(":")[0]
+        found.add(str(Path(name if kind.endswith(".py") or not source else source).resolve()))
     return found
 
 
@@ -160,6 +164,8 @@ class Monitor:
         network = reference = None
         if config.select == "fid" and not spec:
             raise ValueError("select fid needs --features or --judge: the reward optimises the --classifier's features")
+        if config.select == "fid" and not config.reference:
+            warn("--select fid measures to images of the starting student, which hardly improves: name --reference")
         if spec:
             network = load_features(spec, world.device) if world.is_main else None
             world.barrier()  # the first process may have had to download it

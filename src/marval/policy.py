@@ -56,9 +56,11 @@ def group_advantages(rewards: Tensor, group_size: int) -> Tensor:
 
 
 def dead_groups(rewards: Tensor, group_size: int) -> Tensor:
-    """Which groups differ by rounding alone, std <= 1e-5 max(1, |mean|), and teach nothing: (groups,), bool."""
+    """Which groups differ by rounding alone and teach nothing, (groups,), bool: std <= 1e-5 max(|mean|, s), where s is
+    1, or the batch's largest reward if that is smaller."""
     groups = rewards.reshape(-1, group_size)
-    return groups.std(1) <= 1e-5 * groups.mean(1).abs().clamp(min=1)
+    size = rewards.abs().max().clamp(max=1)
+    return groups.std(1) <= 1e-5 * torch.maximum(groups.mean(1).abs(), size)
 
 
 def gaussian_log_prob(x: Tensor, mean: Tensor, std: float) -> Tensor:

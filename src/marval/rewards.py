@@ -298,20 +298,19 @@ def score(reward: Reward, images: Tensor, prompts: list[str], first: int = 0) ->
         first: number of the first image, for messages.
 
     Raises:
-        RewardError: the reward raised something, or its result is not a finite floating-point tensor of shape (B,), or
-            the images want a gradient and a differentiable reward has none, or later, in the backward pass, one that
-            is not finite; names the reward and the first such image. Running out of memory is raised as it is.
+        RewardError: the reward raised something, or its result is not a floating-point tensor of shape (B,), finite in
+            float32, or the images want a gradient and a differentiable reward has none, or later, in the backward
+            pass, one that fails or is not finite; names the reward and the first such image. Running out of memory is
+            raised as it is.
     """
     name = name_of(reward)
     if len(prompts) != len(images):
         raise RewardError(f"reward {name!r} got {len(prompts)} prompts for {len(images)} images")
-    copy = images.clone()
-    taught = reward.differentiable and copy.requires_grad
-    if taught:
-        copy.register_hook(lambda gradient: _check_gradient(reward, gradient, prompts, first))
+    taught = reward.differentiable and images.requires_grad and torch.is_grad_enabled()
+    leaf = images.detach().requires_grad_(taught)
     try:
         numbered = isinstance(reward, Verifiable | WeightedSum)
-        rewards: Any = reward(copy, prompts, first) if numbered else reward(copy, prompts)
+        rewards: Any = reward(leaf.clone(), prompts, first) if numbered else reward(leaf.clone(), prompts)
     except (RewardError, torch.OutOfMemoryError):
         raise
     except Exception as error:
@@ -324,44 +323,68 @@ def score(reward: Reward, images: Tensor, prompts: list[str], first: int = 0) ->
     if rewards.shape != (len(images),) or not rewards.is_floating_point():
         found = f"{rewards.dtype} of shape {tuple(rewards.shape)}"
         raise RewardError(f"reward {name!r}: the reward returned {found}: {wanted}")
-    if not rewards.isfinite().all():
-        bad = int((~rewards.isfinite()).nonzero()[0])
+    single = rewards.to(images.device, torch.float32)
+    if not single.isfinite().all():
+        bad = int((~single.isfinite()).nonzero()[0])
         value = rewards[bad].item()
-        raise RewardError(
-            f"reward {name!r}: the reward of image {first + bad} ({prompts[bad]!r}) is {value}: it must be finite"
-        )
-    if taught and not rewards.requires_grad:
+        wanted = "it must be within float32" if math.isfinite(value) else "it must be finite"
+        raise RewardError(f"reward {name!r}: the reward of image {first + bad} ({prompts[bad]!r}) is {value}: {wanted}")
+    if not taught:
+        return single
+    if not single.requires_grad:
         raise _untaught(reward, "its result carries no gradient to the images")
-    return rewards.to(images.device, torch.float32)
+    return _Taught.apply(images, (reward, leaf, single, prompts, first))
+
+
+class _Taught(torch.autograd.Function):
+    """Rewards whose gradient is taken in a graph of their own, so that what fails in it is told as the reward's."""
+
+    @staticmethod
+    def forward(ctx: Any, images: Tensor, scored: tuple[Reward, Tensor, Tensor, list[str], int]) -> Tensor:
+        ctx.scored = scored
+        return scored[2].detach().clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        reward, leaf, rewards, prompts, first = ctx.scored
+        try:
+            (found,) = torch.autograd.grad(rewards, leaf, gradient, allow_unused=True)
+        except (RewardError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            what = _failure(reward, leaf, prompts, first, error, gradient=True)
+            raise RewardError(what) from error
+        if found is None:
+            raise _untaught(reward, "its result carries no gradient to the images")
+        if not (finite := found.flatten(1).isfinite().all(1)).all():
+            bad = int((~finite).nonzero()[0])
+            raise _untaught(reward, f"its gradient in image {first + bad} ({prompts[bad]!r}) is not finite")
+        return found, None
 
 
 def _untaught(reward: Reward, what: str) -> RewardError:
     return RewardError(f"reward {name_of(reward)!r} calls itself differentiable but {what}")
 
 
-def _check_gradient(reward: Reward, gradient: Tensor, prompts: list[str], first: int) -> None:
-    """Of the images, in the backward pass."""
-    if not (finite := gradient.flatten(1).isfinite().all(1)).all():
-        bad = int((~finite).nonzero()[0])
-        raise _untaught(reward, f"its gradient in image {first + bad} ({prompts[bad]!r}) is not finite")
-
-
-def _failure(reward: Reward, images: Tensor, prompts: list[str], first: int, error: Exception) -> str:
-    """Which image a reward fails on: alone if it does so there, else the whole batch."""
+def _failure(
+    reward: Reward, images: Tensor, prompts: list[str], first: int, error: Exception, gradient: bool = False
+) -> str:
+    """Which image a reward, or its gradient, fails on: alone if it does so there, else the whole batch."""
     where = f"the whole batch of {len(images)}, but on no image alone"
     for i, prompt in enumerate(prompts):
+        image = images[i : i + 1].detach().requires_grad_(gradient)
         try:
-            with torch.no_grad():
-                reward(images[i : i + 1].clone(), [prompt])
+            with torch.set_grad_enabled(gradient):
+                value = reward(image.clone(), [prompt])
+                if gradient:
+                    value.sum().backward()
         except Exception as alone:
             error, where = alone, f"image {first + i} ({prompt!r})"
             break
     last = traceback.extract_tb(error.__traceback__)[-1]
-    reason = " ".join(str(error).split())
-    return (
-        f"reward {name_of(reward)!r} fails on {where}: {type(error).__name__}: {reason} "
-        f"({Path(last.filename).name}, line {last.lineno})"
-    )
+    reason = f"{type(error).__name__}: {' '.join(str(error).split())} ({Path(last.filename).name}, line {last.lineno})"
+    what = "calls itself differentiable but its gradient fails" if gradient else "fails"
+    return f"reward {name_of(reward)!r} {what} on {where}: {reason}"
 
 
 def check_reward(reward: Reward, images: Tensor, prompts: list[str]) -> Tensor:
@@ -386,9 +409,7 @@ def check_reward(reward: Reward, images: Tensor, prompts: list[str]) -> Tensor:
         with torch.enable_grad():
             values.append(score(reward, some, prompts[start : start + PROBE], start))
         if reward.differentiable:
-            (gradient,) = torch.autograd.grad(values[-1].sum(), some, allow_unused=True)
-            if gradient is None:
-                raise _untaught(reward, "its result carries no gradient to the images")
+            (gradient,) = torch.autograd.grad(values[-1].sum(), some)
             reach.append(gradient.flatten(1).abs().sum(1))
     found = torch.cat(values).detach()
     if not reward.differentiable:

@@ -236,6 +236,8 @@ def align(config: RLConfig, student_folder: Path, out: Path, resume: bool, best:
             with during(f"update {step + 1}"):
                 rollout = algorithm.rollout(batch[rows], update, weight, last=not anchored and rows is parts[-1].rows)
             add_weighted(watched, weight, {"reward": rollout.rewards.mean()} | image_statistics(rollout.images))
+            if config.hinge is not None:
+                add_weighted(watched, weight, {"above_hinge": (rollout.rewards >= config.hinge).float().mean()})
             rollouts.append(rollout)
 
         # ---- anchor: GSIM towards the teacher, at a state that the rollouts passed through
@@ -278,9 +280,12 @@ def align(config: RLConfig, student_folder: Path, out: Path, resume: bool, best:
         if run.is_due(config.log_every, done):
             row = run.log(done, **world.means(watched), grad_norm=grad_norm)
             progress.show({name: row[name] for name in ("reward", "grad_norm", "clipped")})
-            if row.get("dead_groups", 0) > 0.999 and world.is_main:
-                what = "the rewards of every group are equal, so nothing is learned from them"
-                tqdm.write(f"WARNING update {done}: {what}; look at the reward, --std and --hinge", file=sys.stderr)
+            if max(row.get("dead_groups", 0), row.get("above_hinge", 0)) > 0.999 and world.is_main:
+                what, look = "all rewards are above --hinge", "at it"
+                if "dead_groups" in row:
+                    what, look = "the rewards of every group are equal", "at the reward, --std and --hinge"
+                line = f"WARNING update {done}: {what}, so nothing is learned from them; look {look}"
+                tqdm.write(line, file=sys.stderr)
         if run.is_due(config.eval_every, done):
             evaluate(done)
         stop = bool(best["stop"])

@@ -304,7 +304,7 @@ class Update:
         return loss.detach(), rest
 
     def step(self, step: int, lr_factor: float = 1.0) -> Tensor:
-        """Step the optimizer; returns the gradient's norm before clipping.
+        """Step the optimizer in update ``step``, counted from 0; returns the gradient's norm before clipping.
 
         Raises:
             FloatingPointError: the loss or a gradient is not finite; names the step, the network and the tensor.
@@ -317,7 +317,7 @@ class Update:
                 f"gradient of {name}" for name, gradient in gradients.items() if not whole(gradient).isfinite().all()
             ]
             what = (bad or ["loss"])[0]
-            raise FloatingPointError(f"step {step}: the {what} of the {self.name} is not finite")
+            raise FloatingPointError(f"step {step + 1}: the {what} of the {self.name} is not finite")
         nn.utils.clip_grads_with_norm_(self.parameters, self.config.clip_grad, norm)
         for group, lr in zip(self.optimizer.param_groups, self.base_lr, strict=True):
             group["lr"] = lr * lr_factor
