@@ -32,6 +32,8 @@ T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9:
 """Student's t for 95 % intervals of a mean of so many values."""
 MANY = 50_000
 """Images over which RL and best of n have the same compute."""
+COMPARED = {"reward": "its reward", "judge": "judge's", "fid": "FID"}
+"""What changes at equal compute are given for, and what they are called."""
 FID_FACTOR, RECALL_FACTOR, JUDGE_SHARE = 1.5, 0.5, 0.1
 """See `hacked`."""
 CRITERION = (
@@ -114,8 +116,8 @@ def numbers(found: Mapping[str, Row], columns: Sequence[str]) -> list[str]:
     return [interval([after(row).get(name) for row in found.values()], name in PERCENT) for name in columns]
 
 
-def reward_of_best(n: float, best: Mapping[int, float]) -> float:
-    """The reward of the best of n, linear in log n between those measured."""
+def of_best(n: float, best: Mapping[int, float]) -> float:
+    """A number of the best of n, linear in log n between those measured."""
     counts = sorted(best)
     return float(np.interp(math.log(n), [math.log(m) for m in counts], [best[m] for m in counts]))
 
@@ -131,34 +133,37 @@ def equal_n(reward: float, best: Mapping[int, float]) -> tuple[float, bool]:
 
 
 def against_best(rows: Rows, key: str) -> list[str]:
-    """Seconds of RL and of an image; the n that costs as much over `MANY` images, what that n has more than the
-    student, and RL; the n of equal reward and the images at which both have cost the same."""
+    """Seconds of RL and of an image; the n that costs as much over `MANY` images, and by how much reward, judge and
+    FID differ from the student's, that n's and RL's; the n of equal reward and the images at which both have cost the
+    same."""
     ending = ", reads the class (0 or 1)" if "reads the class" in key else ""
     best = {int(k.split("/")[1].split(",")[0]): of(rows, k) for k in keys_of(rows, "best of n")
             if k.endswith(ending) and ("," in k) == bool(ending)}  # fmt: skip
     timed = {seed: row for seed, row in of(rows, key).items() if "seconds_per_image" in row}
-    cells: dict[str, list[float]] = {name: [] for name in ("n", "best", "rl", "equal", "even")}
+    counts, equal_counts, even = list[float](), list[float](), list[float]()
+    changes: dict[str, list[float]] = {f"{whose} {name}": [] for name in COMPARED for whose in ("best", "rl")}
     beyond = False
     for seed, row in timed.items():
-        rewards = {n: after(by_seed[seed])["reward"] for n, by_seed in best.items() if seed in by_seed}
-        if len(rewards) < 2:
+        values = {n: after(by_seed[seed]) for n, by_seed in best.items() if seed in by_seed}
+        if len(values) < 2:
             continue
-        own, start = row["kept"]["reward"], rewards[min(rewards)]
         images = row["run_seconds"] / row["seconds_per_image"]
-        cells["n"].append(1 + images / MANY)
-        cells["best"].append(reward_of_best(cells["n"][-1], rewards) - start)
-        cells["rl"].append(own - start)
-        if own > start:
-            n, more = equal_n(own, rewards)
+        counts.append(1 + images / MANY)
+        for name in COMPARED:
+            of_n = {n: value[name] for n, value in values.items()}
+            start = of_n[min(of_n)]
+            changes[f"best {name}"].append(of_best(counts[-1], of_n) - start)
+            changes[f"rl {name}"].append(row["kept"][name] - start)
+        if changes["rl reward"][-1] > 0:
+            n, more = equal_n(row["kept"]["reward"], {n: value["reward"] for n, value in values.items()})
             beyond |= more
-            cells["equal"].append(n)
-            cells["even"] += [images / (n - 1)] if n > 1 else []
-    equal, even = interval(cells["equal"]), interval(cells["even"])
+            equal_counts.append(n)
+            even += [images / (n - 1)] if n > 1 else []
     return [
         interval([row["run_seconds"] for row in timed.values()]),
         interval([1000 * row["seconds_per_image"] for row in timed.values()]),
-        interval(cells["n"]), interval(cells["best"], sign=True), interval(cells["rl"], sign=True),
-        f"{'> ' * beyond}{equal}", f"{'< ' * beyond}{even}",
+        interval(counts), *(interval(values, sign=True) for values in changes.values()),
+        f"{'> ' * beyond}{interval(equal_counts)}", f"{'< ' * beyond}{interval(even)}",
     ]  # fmt: skip
 
 
@@ -176,15 +181,16 @@ def gain(rows: Rows) -> list[str]:
     text = ["### Gain", table(["", *(COLUMNS[name] for name in columns), "hacked"], lines)]
     costs = [[title(key), *against_best(rows, key)] for key in keys]
     head = [
-        "", "seconds of RL", "ms per image", f"n of equal compute, {MANY:,} images", "its gain", "RL's gain",
+        "", "seconds of RL", "ms per image", f"n of equal compute, {MANY:,} images",
+        *(f"{name}: {whose}" for name in COMPARED.values() for whose in ("best of n", "RL")),
         "n of equal reward", "images until RL pays",
     ]  # fmt: skip
     text += [
         "At equal compute: RL's seconds, evaluations included, and those of drawing and scoring an image of the "
         f"student right after it in the same process. Best of n costs n images where the aligned model costs one: over "
-        f"{MANY:,} images, as many as FID is published with, both have cost the same at the n given, whose reward is "
-        "interpolated for each seed, as is the n of equal reward (`>`: beyond the largest n in a seed). Gains are in "
-        "the trained reward.",
+        f"{MANY:,} images, as many as FID is published with, both have cost the same at the n given, whose numbers are "
+        "interpolated for each seed, as is the n of equal reward (`>`: beyond the largest n in a seed). Reward, judge "
+        "and FID are differences from the student's.",
         table(head, costs),
     ]
     paired = []
@@ -360,17 +366,19 @@ def about(results: Mapping[str, Any]) -> str:
     """How it was measured."""
     study, on, rows = results["protocol"]["study"], results["versions"], results["rows"]
     pressed = f", {study['pressed']} of them under pressure" if "pressed" in study else ""
+    group = {name.replace("_", " "): value for name, value in study.get("group", {}).items()}
+    own = f"; {', '.join(f'{name} {value}' for name, value in group.items())}" if group else ""
     brisque = " BRISQUE is minus its score, 0 the best." if "brisque" in measured(rows) else ""
     return (
         f"Measured on {results['date']}, {on['device']}, {on['threads']} threads, PyTorch {on['torch']}, "
         f"{study.get('precision', 'float32')}: {study['updates']} updates of {study['batch']} images{pressed}, K = "
         f"{study['ar_steps']}, {len(of(rows, 'student'))} seeds with 95 % intervals, {study['images']} held-out images "
-        f"each, distances and accuracy by the judge, which no reward here is made of. Learning rate {study['lr']:g} "
-        f"(group: 3 times that), under pressure {study['pressure']:g}. A run keeps the evaluation that its reward "
-        "likes best, or what its row says; numbers and pictures are of that model, on images that chose nothing; "
-        "alarms are those of its evaluation, and numbers by update those of all evaluations. Seeds vary RL alone: "
-        "teacher, student, classifier and judge are the same. A mixture's own reward is the plain sum of its parts; "
-        f"the run normalises them.{brisque}"
+        f"each, distances (to {study['data']}) and accuracy by the judge, which no reward here is made of. Learning "
+        f"rate {study['lr']:g} (group: 3 times that{own}), under pressure {study['pressure']:g}. A run keeps the "
+        "evaluation that its reward likes best, or what its row says; numbers and pictures are of that model, on "
+        "images that chose nothing; alarms are those of its evaluation, and numbers by update those of all "
+        "evaluations. Seeds vary RL alone: teacher, student, classifier and judge are the same. A mixture's own reward "
+        f"is the plain sum of its parts; the run normalises them.{brisque}"
     )
 
 
