@@ -345,7 +345,7 @@ class Bench:
             "steps": steps, "batch": study.batch, "ar_steps": study.ar_steps, "ema": 0.9, "log_every": steps,
             "save_every": 10_000, "sample_every": 0, "eval_every": max(1, steps // 3), "range_seeds": 3,
             "eval_images": study.images, "patience": 0, "collapse": 0, "checkpoint_ar_steps": False, "select": "reward",
-            "classifier": self.classifier, "judge": self.judge, "reference": study.data,
+            "kl": 0.0, "classifier": self.classifier, "judge": self.judge, "reference": study.data,
             "held_out": ",".join([*watched, *self.held_out]), "precision": study.precision,
             "gsim": GSIMConfig(lr=lr, auxiliary_lr=2 * lr),
         }  # fmt: skip

@@ -112,6 +112,7 @@ def test_memory_is_that_of_real_rl(checkpoint: bool, tmp_path: Path):
 
 def test_rl_counts_reference_adapters_and_what_is_watched():
     settings = {"steps": 10, "batch": 16, "ar_steps": 4, "reward": "f.py:g", "eval_images": 20, "device": "cpu"}
+    settings["kl"] = 0.0
     model = dataclasses.replace(MODEL, depth=1, head_depth=1)
 
     def planned(**changes: Any) -> dict[str, Any]:

@@ -73,7 +73,7 @@ killed.differentiable = True
 """
 CONFIG = RLConfig(
     steps=12, batch=16, ar_steps=4, ema=0.5, log_every=1, eval_every=4, eval_images=40, sample_every=0, patience=0,
-    anchor=0.0, collapse=0, gsim=GSIMConfig(lr=3e-3, auxiliary_lr=3e-3),
+    anchor=0.0, kl=0.0, collapse=0, gsim=GSIMConfig(lr=3e-3, auxiliary_lr=3e-3),
 )  # fmt: skip
 
 
@@ -289,6 +289,11 @@ def test_kl_is_logged_per_token_with_gradient():
     each = sum(kl(k) * (counts[k] - counts[k + 1]) for k in range(4)) / 16
     assert kl(0, 1, 2, 3) == pytest.approx(each, rel=1e-4)
     assert each > 0
+    algorithm.config = dataclasses.replace(config, trained="all")  # conditions of the reference's own backbone: the same
+    assert kl(0, 1, 2, 3) == pytest.approx(each, rel=1e-4)
+    with torch.no_grad():
+        reference.decoder_norm.weight += 0.1
+    assert kl(0, 1, 2, 3) > 1.01 * each
 
 
 def test_a_run_that_dies_leaves_its_best_model(file: Path, tmp_path: Path):
@@ -542,6 +547,7 @@ def test_bf16_recomputes_the_log_probability_exactly():
     rollout = algorithm.draw(batch)
     for k in range(4):
         with autocast(config, z.device):
-            target, mean = algorithm.mean(model.network, batch, rollout.actions, k)
+            target, condition = algorithm.condition(model.network, batch, rollout.actions, k)
+            mean = algorithm.mean(model.network, batch, target, condition)
         log_prob = gaussian_log_prob(gather_tokens(rollout.actions, target), mean, config.std)
         assert torch.equal(log_prob, rollout.log_prob.gather(1, target))

@@ -72,20 +72,25 @@ class Algorithm:
         limits = self.model.tokenizer.token_range
         return tokens if limits is None else tokens.clamp(*limits)
 
-    def mean(self, network: MAR, batch: Batch, actions: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Positions drawn in AR step k, (B, n), and their means (B, n, D), given the actions before it."""
-        assert self.model.student is not None
+    def condition(self, network: MAR, batch: Batch, actions: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Positions drawn in AR step k, (B, n), and their conditions (B, n, W), given the actions before it."""
         length, masked, masked_after = batch.orders.shape[1], *self.counts[k : k + 2]
         visible = batch.orders[:, : length - masked].sort(dim=1).values
         target = batch.orders[:, length - masked : length - masked_after]
-        z, t_init = gather_tokens(batch.z, target), self.model.student.t_init
-        condition = gather_tokens(network.condition(self.bound(actions), visible, batch.labels), target)
-        return target, student_tokens(network.head, self.model.schedule, t_init, condition, z, batch.w)
+        return target, gather_tokens(network.condition(self.bound(actions), visible, batch.labels), target)
 
-    def kl(self, rollout: Rollout, k: int, mean: Tensor) -> Tensor:
+    def mean(self, network: MAR, batch: Batch, target: Tensor, condition: Tensor) -> Tensor:
+        """Means (B, n, D) of the tokens at these positions."""
+        assert self.model.student is not None
+        z, t_init = gather_tokens(batch.z, target), self.model.student.t_init
+        return student_tokens(network.head, self.model.schedule, t_init, condition, z, batch.w)
+
+    def kl(self, rollout: Rollout, k: int, target: Tensor, condition: Tensor, mean: Tensor) -> Tensor:
         """Divergence of AR step k's policy from the starting student's, summed over tokens and images."""
         with torch.no_grad():
-            _, reference = self.mean(self.reference, rollout.batch, rollout.actions, k)
+            if self.config.trained != "head":  # else the starting student's conditions are the same
+                _, condition = self.condition(self.reference, rollout.batch, rollout.actions, k)
+            reference = self.mean(self.reference, rollout.batch, target, condition)
         return policy.gaussian_kl(mean, reference, self.config.std).sum()
 
     def step_loss(self, rollout: Rollout, k: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -131,8 +136,9 @@ class RewardGradient(Algorithm):
 
     def step_loss(self, rollout: Rollout, k: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The divergence's; the tokens that step k sees are constant."""
-        _, mean = self.mean(self.model.network, rollout.batch, rollout.actions, k)
-        kl = self.kl(rollout, k, mean) / rollout.tokens[..., 0].numel()
+        target, condition = self.condition(self.model.network, rollout.batch, rollout.actions, k)
+        mean = self.mean(self.model.network, rollout.batch, target, condition)
+        kl = self.kl(rollout, k, target, condition, mean) / rollout.tokens[..., 0].numel()
         return self.config.kl * kl, {"kl": kl.detach()}
 
     def backward(self, rollout: Rollout, update: Update, weight: float, last: bool) -> dict[str, Tensor]:
@@ -153,7 +159,8 @@ class GroupGradient(Algorithm):
         actions, log_prob = torch.zeros_like(batch.z), batch.z.new_zeros(batch.z.shape[:2])
         for k in range(self.config.ar_steps):
             with autocast(self.config, batch.z.device):
-                target, mean = self.mean(self.model.network, batch, actions, k)
+                target, condition = self.condition(self.model.network, batch, actions, k)
+                mean = self.mean(self.model.network, batch, target, condition)
             action = mean + self.config.std * gather_tokens(batch.exploration, target)
             actions.scatter_(1, target[..., None].expand_as(action), action)
             log_prob.scatter_(1, target, policy.gaussian_log_prob(action, mean, self.config.std))
@@ -164,7 +171,8 @@ class GroupGradient(Algorithm):
     def step_loss(self, rollout: Rollout, k: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The clipped surrogate's, and the divergence's."""
         assert rollout.log_prob is not None
-        target, mean = self.mean(self.model.network, rollout.batch, rollout.actions, k)
+        target, condition = self.condition(self.model.network, rollout.batch, rollout.actions, k)
+        mean = self.mean(self.model.network, rollout.batch, target, condition)
         log_prob = policy.gaussian_log_prob(gather_tokens(rollout.actions, target), mean, self.config.std)
         advantages = policy.group_advantages(policy.hinge(rollout.rewards, self.config.hinge), self.config.group_size)
         old = rollout.log_prob.gather(1, target)
@@ -172,7 +180,7 @@ class GroupGradient(Algorithm):
         loss = policy.clipped_policy_loss(log_prob, old, advantages, self.config.clip).sum() / count
         if self.config.kl == 0:
             return loss, {}
-        kl = self.kl(rollout, k, mean) / count
+        kl = self.kl(rollout, k, target, condition, mean) / count
         return loss + self.config.kl * kl, {"kl": kl.detach()}
 
     def backward(self, rollout: Rollout, update: Update, weight: float, last: bool) -> dict[str, Tensor]:

@@ -223,7 +223,7 @@ class TrainConfig(CurveConfig):
     warmup: int = 100
     """Updates of linear warm-up."""
     decay: bool = True
-    """Cosine decay of the learning rate to zero; otherwise constant, as MAR trains."""
+    """Whether the learning rate decays to zero by a cosine, or (--no-decay) stays constant, as MAR trains."""
     class_drop: float = 0.1
     """Probability of training an image without its class."""
     mask_ratios: Literal["training", "inference"] = "training"
@@ -310,7 +310,7 @@ class DistillConfig(CurveConfig):
     warmup: int = 20
     """Updates of linear warm-up of both learning rates."""
     decay: bool = True
-    """Cosine decay of both learning rates to zero."""
+    """Whether both learning rates decay to zero by a cosine, or (--no-decay) stay constant."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -357,7 +357,7 @@ class RLConfig(RunConfig):
     grad_ar_choice: Literal["last", "random"] = "last"
     """Which: the last ones, or others at random in each update."""
     checkpoint_ar_steps: bool = True
-    """Store only the tokens of each AR step and recompute the rest in the backward pass."""
+    """Whether only the tokens of each AR step are stored and the rest is recomputed in the backward pass, or all is."""
     group_size: int = 8
     """Images per group; a group shares class, order and the student's noise (algorithm group)."""
     std: float = 0.1
@@ -366,8 +366,8 @@ class RLConfig(RunConfig):
     """Clipping of the probability ratio (algorithm group)."""
     inner_updates: int = 1
     """Updates per batch of rollouts (algorithm group)."""
-    kl: float = 0.0
-    """Weight of the KL divergence to the starting student, both as Gaussians of standard deviation `std`."""
+    kl: float = 0.03
+    """Weight of the divergence to the starting student, both as Gaussians of standard deviation `std`; 0 for none."""
     anchor: float = 1.0
     """Weight of the GSIM term towards the teacher; 0 switches it and its auxiliary off."""
     anchor_final: float | None = None
@@ -380,8 +380,8 @@ class RLConfig(RunConfig):
     """The score on held-out seeds that picks the best model and that `patience` watches: the reward, the judge's
     log-probability, the first of `held_out`, or FID. auto: the judge, else `held_out`, else the reward."""
     patience: int = 3
-    """Stop after this many evaluations without a better score, or of a collapsed model; 0: only `target` stops."""
-    eval_every: int = 20
+    """Stop after this many evaluations without a better score, or three with a collapsed model; 0: only at `target`."""
+    eval_every: int = 10
     """Updates between held-out evaluations."""
     eval_images: int = 500
     """Images of a held-out evaluation."""

@@ -220,13 +220,13 @@ def _rl(config: RLConfig, model: MARConfig, share: _Share, decoder: Decoder, stu
         if rewards.requires_grad:
             rewards.sum().backward()
 
-    scored = cost_of(score)
+    scored, after = cost_of(score), 0
     steps = config.grad_ar_steps or config.ar_steps
     plain = _ar_loop(network, config, config.ar_steps, draw, count)
     operations, peak = scored.operations, scored.peak + _bytes(update.parameters)
     if config.algorithm == "group" or config.kl > 0:  # passes over the finished tokens, one AR step at a time
         again = _over(range(config.ar_steps), _policy_step(network, base, update, config, student, share))
-        operations, peak = operations + _passes(config) * steps * again.operations, max(peak, again.peak)
+        operations, after = operations + _passes(config) * steps * again.operations, again.peak
     if config.algorithm == "group":
         operations += plain.operations
     else:
@@ -237,6 +237,7 @@ def _rl(config: RLConfig, model: MARConfig, share: _Share, decoder: Decoder, stu
         if not config.checkpoint_ar_steps and steps > 1:  # and all that a step saves: what a second step adds to one
             two = _over(range(config.ar_steps - 1), lambda k: gradient_steps(k, 2))
             peak += (steps - 1) * (two.peak - with_gradient.peak)
+    peak = max(peak, after)
     networks = {"base": base, "student": network}
     if config.anchor > 0:
         work = _matching_work(matching, updates, config, model, share)

@@ -50,6 +50,8 @@ from marval.train import save_sample_grid
 
 CALIBRATION = 200
 """Images on which the parts of a weighted sum get mean 0 and deviation 1, and a black box must not be constant."""
+COLLAPSES = 3
+"""Evaluations of a collapsed model in a row that stop a run, however patient it is."""
 
 
 def rl(config: RLConfig, student_folder: Path, out: Path, resume: bool = False) -> Pipeline:
@@ -198,7 +200,7 @@ def align(config: RLConfig, student_folder: Path, out: Path, resume: bool, best:
         if step > 0 and reached and not collapsed:
             what = f"held-out reward {values['reward_heldout']:.4g} has reached the target {config.target:g}"
             best["stop"] = f"{what}; best is update {best['step']}"
-        elif 0 < config.patience <= best["collapsed"]:
+        elif 0 < min(config.patience, COLLAPSES) <= best["collapsed"]:
             best["stop"] = f"collapsed: {collapsed}; best is update {best['step']}"
         elif 0 < config.patience <= best["misses"]:
             best["stop"] = f"no better held-out score since update {best['step']}"
