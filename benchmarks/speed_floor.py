@@ -273,8 +273,8 @@ def tables(rate: float, results: Path = RESULTS) -> str:
         (
             "### Bytes and floor per image\n\nGB in bf16. CPU: float32 operations at "
             f"{rate / 1e12:.3g} TFLOP/s, measured by the command; H200: bf16, {H200[0] / 1e12:.0f} TFLOP/s and "
-            f"{H200[1] / 1e12:.1f} TB/s. x: measured time over the floor at the rate of the same run, where there is a "
-            f"measurement: of whole images from the tables below, else of {sampled_steps(results)}.",
+            f"{H200[1] / 1e12:.1f} TB/s (assumed). x: measured time over the floor at the rate of the same run, where "
+            f"there is a measurement: of whole images from the tables below, else of {sampled_steps(results)}.",
             lambda: floors(rate, over_floors(results)),
         ),
         ("### Against the reference", lambda: side_by_side(results)),

@@ -289,7 +289,7 @@ def test_kl_is_logged_per_token_with_gradient():
     each = sum(kl(k) * (counts[k] - counts[k + 1]) for k in range(4)) / 16
     assert kl(0, 1, 2, 3) == pytest.approx(each, rel=1e-4)
     assert each > 0
-    algorithm.config = dataclasses.replace(config, trained="all")  # conditions of the reference's own backbone: the same
+    algorithm.config = dataclasses.replace(config, trained="all")  # the reference's own conditions, here the same
     assert kl(0, 1, 2, 3) == pytest.approx(each, rel=1e-4)
     with torch.no_grad():
         reference.decoder_norm.weight += 0.1

@@ -29,7 +29,7 @@ from marval.config import MARConfig
 
 PARTS = ("encoder", "decoder", "head")
 H200 = (790e12, 4.3e12)
-"""Measured operations per second of bf16 matrix products, and bytes per second."""
+"""Assumed, not measured by us: operations per second of bf16 matrix products, and bytes per second."""
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,9 @@ The recipes of ImageNet 256x256 name data and tokenizer by placeholders (--data,
 expected times are those of `marval VERB RECIPE --dry-run --processes 8`: 8 H200 at 35 % of 790 TFLOP/s in bf16. The
 share is an assumption; we have not run them.
 
-Those of small colour pictures come in two sizes: `cifar10`, `imagenette64` and `emoji` are meant for one modern GPU,
-about 20 minutes for a teacher and 8 for its student, and have not been run; the same with `-cpu` for one CPU core. They
-save often and a teacher's checkpoint.pt takes 16 bytes per parameter, about 40 MB (a student's 28 bytes), so a run
+Those of small colour pictures come in two sizes: `cifar10`, `imagenette64` and `emoji` are meant for one modern GPU, by
+our guess 20 minutes for a teacher and 8 for its student, and have not been run; the same with `-cpu` for one CPU core.
+They save often and a teacher's checkpoint.pt takes 16 bytes per parameter, about 40 MB (a student's 28 bytes), so a run
 can be cut into pieces of a few minutes, on different machines: go on with --resume.
 """
 
@@ -225,10 +225,10 @@ def imagenette64_teacher() -> TrainConfig:
 
     Latents of the tiny autoencoder taef2 (32 channels, stride 8), because a token of 8x8 pixels has 192 numbers, too
     many for a head that is 192 wide, and 256 tokens of 4x4 pixels cost four times as much; its reconstructions lose
-    little (26 dB, docs/imagenet.md). The data: `prepare_data.py imagenette64 FOLDER data/imagenette64`, `marval
+    little (26 dB, docs/imagenet.md). The data: Imagenette's own folder (train/ and val/) as data/imagenette64, `marval
     import-taesd` into runs/taef2, `marval encode --images data/imagenette64 --tokenizer runs/taef2 --image-size 64
-    --out data/imagenette64-latents`. As there are only 9,469 images, fewer and smaller batches than CIFAR-10's, and
-    dropout.
+    --batch 64 --out data/imagenette64-latents`. As there are only 9,469 images, fewer and smaller batches than
+    CIFAR-10's, and dropout.
     """
     config = pictures_teacher(
         "data/imagenette64-latents", tokenizer="runs/taef2", patch_size=1, steps=20_000, batch=256
@@ -323,9 +323,9 @@ def imagenet_teacher(preset: str, guidance: float) -> TrainConfig:
 def imagenet_student() -> DistillConfig:
     """One-step student of a public MAR, for every guidance scale in 1..3.5: its head, on the frozen backbone.
 
-    The paper's (MARVAL, arXiv 2511.15190): 30 epochs on 8 A800, w = 1.2 [2nd hand]. Ours, because the paper does not
-    state it or our experiments differ: batch 256, learning rates, lambda -0.4, K = 64, the head alone (--trained all
-    trains everything), the guidance scale as an input of the student.
+    The paper's (MARVAL, arXiv 2511.15190), as others report it: 30 epochs on 8 A800, w = 1.2. Ours, because the paper
+    does not state it or our experiments differ: batch 256, learning rates, lambda -0.4, K = 64, the head alone
+    (--trained all trains everything), the guidance scale as an input of the student.
     """
     return DistillConfig(
         data="imagenet-latents", classes="imagenet", image_size=256, flip=True, batch=256, steps=updates(30, 256),
@@ -347,9 +347,10 @@ PROMPT = "a high-quality and harmonious picture of {class}"
 def imagenet_aligned() -> RLConfig:
     """A student after RL on PickScore, watched by CLIP and ImageReward, which the paper reports, HPSv2.1 and aesthetic.
 
-    The paper's: 5 epochs on 8 A800 [2nd hand], PickScore, this prompt. Ours: batch 256 in 4 parts, learning rates, K =
-    64, the head alone, the anchors towards teacher and student, the early stop on the first held-out reward. Give
-    --features and --reference for FID and recall: no file of theirs has a name that everyone knows.
+    The paper's: PickScore, this prompt, and, as others report it, 5 epochs on 8 A800. Ours: batch 256 in 4 parts,
+    learning rates, K = 64, the head alone, the anchors towards teacher and student, the early stop on the first
+    held-out reward. Give --features and --reference for FID and recall: no file of theirs has a name that everyone
+    knows.
     """
     return RLConfig(
         reward=PICKSCORE, prompt=PROMPT, held_out=HELD_OUT, select="held-out",
