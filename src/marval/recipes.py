@@ -140,7 +140,7 @@ def pictures_student(data: str) -> DistillConfig:
 def pictures_student_on_cpu(data: str) -> DistillConfig:
     """The same on a CPU core."""
     return dataclasses.replace(
-        pictures_student(data), steps=3_000, batch=64, ema=0.995, warmup=20, save_every=100, sample_every=500,
+        pictures_student(data), steps=4_500, batch=64, ema=0.995, warmup=20, save_every=100, sample_every=500,
         log_every=20, precision="bf16", gsim=GSIMConfig(lr=3e-4, auxiliary_lr=6e-4),
     )  # fmt: skip
 
