@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from marval.models.clip import Clip
+from marval.reward_files import check_files
 from marval.rewards import check_reward, load_reward
 from marval.tokenizers import to_float
 
@@ -290,6 +291,54 @@ def test_weights_of_open_clip(folder: Path, tmp_path: Path):
     bad.write_bytes(b"nothing")
     with pytest.raises(ValueError, match="is no file of torch"):
         load_reward(f"hps:{bad}", **names)
+
+
+def test_names_of_the_hub(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The real code of transformers on a cache laid out as the hub's: HPSv2's weights have no other files with them."""
+    hub = pytest.importorskip("huggingface_hub")
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(transformers.utils.hub, "is_offline_mode", lambda: True, raising=False)
+
+    def model(name: str) -> Path:
+        path = tmp_path / f"models--{name.replace('/', '--')}"
+        (path / "refs").mkdir(parents=True)
+        (path / "refs" / "main").write_text("0" * 40)
+        return path / "snapshots" / ("0" * 40)
+
+    whole = model("laion/CLIP-ViT-H-14-laion2B-s32B-b79K")
+    shutil.copytree(folder, whole)
+    (whole / "model.safetensors").unlink()
+    weights = model("xswu/HPSv2")
+    weights.mkdir(parents=True)
+    torch.save({"state_dict": OpenClip().half().state_dict()}, weights / "HPS_v2.1_compressed.pt")
+    shutil.copytree(folder, model("openai/tiny"))
+    head = model("a/head") / "head.pth"
+    head.parent.mkdir(parents=True)
+    torch.save(nn.Linear(16, 1).state_dict(), head)
+    local = {
+        "hps:xswu/HPSv2": f"hps:{tmp_path / 'hps.pt'}", "clip:openai/tiny": f"clip:{folder}",
+        "aesthetic:openai/tiny:a/head/head.pth": f"aesthetic:{folder}:{head}",
+    }  # fmt: skip
+    for name in whole.iterdir():
+        shutil.copy(name, tmp_path)
+    shutil.copy(weights / "HPS_v2.1_compressed.pt", tmp_path / "hps.pt")
+    names = {"class_names": ["cat", "dog"], "template": "a {class}", "classifier": "", "device": "cpu"}
+    x = to_float(torch.from_numpy(pictures(SIZE, SIZE)))
+    for spec, same in local.items():
+        check_files(spec, "")
+        found, expected = (check_reward(load_reward(name, **names), x, PROMPTS) for name in (spec, same))
+        assert torch.equal(found, expected)
+        assert found.std() > 0
+    for spec, message in (
+        ("aesthetic:openai/tiny:a/head/other.pth", "there is no folder a/head, and the hub gives no other.pth"),
+        ("clip:openai/other", "there is no folder openai/other, and the hub gives no config.json"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check_files(spec, "")
+    shutil.rmtree(weights)
+    with pytest.raises(ValueError, match=r"there is no folder xswu/HPSv2, and the hub gives no HPS_v2.1_compressed.pt"):
+        load_reward("hps:xswu/HPSv2", **names)
 
 
 def test_aesthetic_score(folder: Path, tmp_path: Path):

@@ -336,11 +336,11 @@ def imagenet_student() -> DistillConfig:
 
 PICKSCORE = "pickscore:yuvalkirstain/PickScore_v1"
 HELD_OUT = (
-    "clip:openai/clip-vit-large-patch14,imagereward:THUDM/ImageReward,hps:hpsv2.1/HPS_v2.1_compressed.pt,"
-    "aesthetic:openai/clip-vit-large-patch14:sa_0_4_vit_l_14_linear.pth"
+    "clip:openai/clip-vit-large-patch14,imagereward:THUDM/ImageReward,hps:xswu/HPSv2,"
+    "aesthetic:openai/clip-vit-large-patch14:trl-lib/ddpo-aesthetic-predictor/aesthetic-model.pth"
 )
-"""Rewards that the ImageNet recipes measure and never train on: hub names, but for HPSv2.1 and the aesthetic head,
-whose files are the user's to fetch (docs/imagenet.md)."""
+"""Rewards that the ImageNet recipes measure and never train on, by their names on the hub. The aesthetic head is LAION's
+of five layers, sac+logos+ava1-l14-linearMSE, as the code of DDPO takes it."""
 PROMPT = "a high-quality and harmonious picture of {class}"
 
 

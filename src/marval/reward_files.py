@@ -5,8 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from marval.checkpoint import read_json, tensor_shapes
+from marval.hub import hub_file
 from marval.models.blip import TEXT_CONFIG, TOKENIZER, WEIGHTS
-from marval.models.clip import quiet
 from marval.models.quality import Brisque
 from marval.shipped import classifier_folder
 
@@ -16,6 +16,8 @@ KNOWN = (
     "such as '0.7*pickscore:SOURCE + 0.3*clip:SOURCE'"
 )
 """Rewards by name, see `marval.rewards.load_reward`."""
+HPS_WEIGHTS, HPS_CLIP = "HPS_v2.1_compressed.pt", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+"""What the hub has of HPSv2.1 (xswu/HPSv2), and a CLIP of its size, whose other files it takes."""
 _NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?"
 _CLIP_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 """Each whole, or in parts that <name>.index.json lists."""
@@ -76,7 +78,7 @@ def _check_one(spec: str, classifier: str) -> None:
     checks: dict[str, Callable[[], object]] = {
         "clip": lambda: _check_clip(source),
         "pickscore": lambda: _check_clip(source),
-        "hps": lambda: _check_clip(source),
+        "hps": lambda: _check_clip(source, HPS_CLIP),
         "imagereward": lambda: _check_imagereward(source),
         "aesthetic": lambda: _check_aesthetic(source),
         "brisque": lambda: Brisque.load(Path(source)),
@@ -120,11 +122,13 @@ def check_function(spec: str) -> None:
         raise ValueError(f"reward file {file!r} does not exist: give path/to/file.py:function")
 
 
-def _check_clip(source: str) -> None:
-    """A folder of `Clip.load`, a file of open_clip's weights in one, or a hub name."""
+def _check_clip(source: str, rest: str = "") -> None:
+    """A folder of `Clip.load`, a file of open_clip's weights in one, or a hub name, where all but the weights may be
+    those of ``rest``."""
     path = Path(source)
     if not path.exists():
-        _check_hub(source, "config.json", "openai/clip-vit-large-patch14")
+        _check_name(source, "xswu/HPSv2" if rest else "openai/clip-vit-large-patch14")
+        hub_file(rest or source, "config.json")
         return
     folder = path.parent if path.is_file() else path
     for choices in (("config.json",),), _CLIP_PROCESSORS, _CLIP_TOKENIZERS:
@@ -152,13 +156,23 @@ def _check_aesthetic(source: str) -> None:
     if not name or not file:
         raise ValueError(f"reward 'aesthetic:{source}' needs a CLIP and a head: give aesthetic:CLIP:HEAD.pth")
     _check_clip(name)
-    _check_exists(Path(file))
+    head_file(file)
+
+
+def head_file(source: str) -> Path:
+    """A file of an aesthetic head by its path, or by OWNER/NAME/FILE of the hub, or ValueError."""
+    if not (path := Path(source)).exists() and source.count("/") == 2 and not source.startswith((".", "/")):
+        owner, name, file = source.split("/")
+        return hub_file(f"{owner}/{name}", file)
+    _check_exists(path)
+    return path
 
 
 def _check_imagereward(source: str) -> None:
     folder = Path(source)
     if not folder.is_dir():
-        _check_hub(source, TEXT_CONFIG, "THUDM/ImageReward")
+        _check_name(source, "THUDM/ImageReward")
+        hub_file(source, TEXT_CONFIG)
         return
     for name in (WEIGHTS, TEXT_CONFIG):
         _check_exists(folder / name)
@@ -166,19 +180,9 @@ def _check_imagereward(source: str) -> None:
         raise ValueError(f"{folder} has no tokenizer: copy tokenizer.json of {TOKENIZER} into it")
 
 
-def _check_hub(source: str, file: str, example: str) -> None:
-    """Fetch a small file of a model of the hub, or find it in the cache; what is named like a file must be one."""
+def _check_name(source: str, example: str) -> None:
+    """Of a model of the hub; what is named like a file must be one."""
     if source.endswith((".pt", ".safetensors")):
         _check_exists(Path(source))
     if source.count("/") != 1 or source.startswith((".", "/")):
         raise ValueError(f"{source!r} is neither a folder nor a hub name such as {example}")
-    try:
-        import transformers
-    except ImportError:
-        raise ValueError("it needs transformers: pip install 'marval[rewards]'") from None
-    with quiet(transformers):
-        try:
-            transformers.utils.hub.cached_file(source, file)
-        except OSError as error:
-            reason = " ".join(str(error).split())
-            raise ValueError(f"there is no folder {source}, and the hub gives no {file}: {reason}") from None

@@ -8,11 +8,13 @@ from torch.nn import functional as F
 
 from marval import imagenet
 from marval.checkpoint import read_state_dict
+from marval.hub import hub_file
 from marval.models.blip import ImageReward
 from marval.models.classifier import Classifier
 from marval.models.clip import Clip
 from marval.models.quality import Brisque, aesthetic_head
 from marval.models.vision import CIFAR10, CifarResNet, MobileNetV2
+from marval.reward_files import HPS_CLIP, HPS_WEIGHTS, head_file
 
 
 class BaseReward:
@@ -120,11 +122,18 @@ class HpsScore(ClipScore):
     """100 times the cosine of image and prompt under HPSv2's CLIP-H (arXiv 2306.09341), at most 100.
 
     The unit of its authors' tables (v2.1: 25 to 31 for their models); their function ``score`` returns the cosine.
-    Comparable only between images of the same prompt and with the same version, by their own word.
-    HPS_v2.1_compressed.pt goes into a folder with config.json, the tokenizer's files and preprocessor_config.json of
-    laion/CLIP-ViT-H-14-laion2B-s32B-b79K; the source is its path. Square images are preprocessed as by other CLIPs;
-    the authors resize tensors, where torchvision's version decides on antialiasing, and pad images that are not square.
+    Comparable only between images of the same prompt and with the same version, by their own word. Square images are
+    preprocessed as by other CLIPs; the authors resize tensors, where torchvision's version decides on antialiasing, and
+    pad images that are not square.
     """
+
+    @classmethod
+    def load(cls, source: str, device: torch.device | str) -> "HpsScore":
+        """As `Clip.load`, or ValueError. Of a hub name, such as xswu/HPSv2, the weights are HPS_v2.1_compressed.pt, and
+        the other files those of laion/CLIP-ViT-H-14-laion2B-s32B-b79K."""
+        if Path(source).exists():
+            return cls(Clip.load(source, device))
+        return cls(Clip.load(str(hub_file(source, HPS_WEIGHTS)), device, HPS_CLIP))
 
 
 class PickScore(BaseReward):
@@ -168,9 +177,9 @@ class Aesthetic(BaseReward):
 
     @classmethod
     def load(cls, source: str, device: torch.device | str) -> "Aesthetic":
-        """``CLIP:HEAD``, a CLIP (see `Clip.load`) and the file of a head (see `aesthetic_head`), or ValueError."""
+        """``CLIP:HEAD``, a CLIP (see `Clip.load`) and the file of a head (see `head_file`), or ValueError."""
         name, _, file = source.rpartition(":")
-        head = aesthetic_head(read_state_dict(Path(file))[0], file).to(device)
+        head = aesthetic_head(read_state_dict(head_file(file))[0], file).to(device)
         clip, width = Clip.load(name, device), next(head.parameters()).shape[1]
         if clip.model.config.projection_dim != width:
             has = f"embeddings {clip.model.config.projection_dim} wide, the head {file} reads {width}"

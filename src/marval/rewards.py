@@ -223,7 +223,8 @@ def load_reward(
 
     ``classifier``              `ClassifierLogProb`
     ``reads-class``             `ReadsClass`
-    ``pickscore:SOURCE``        `PickScore`, ``clip:SOURCE`` `ClipScore`, ``hps:SOURCE`` `HpsScore`: see `Clip.load`
+    ``pickscore:SOURCE``        `PickScore`, ``clip:SOURCE`` `ClipScore`: see `Clip.load`
+    ``hps:SOURCE``              `HpsScore.load`
     ``imagereward:SOURCE``      `ImageRewardScore`: see `ImageReward.load`
     ``aesthetic:CLIP:HEAD``     `Aesthetic.load`; the file's name holds no colon
     ``brisque:FOLDER``          `Quality`: see `Brisque.load`
@@ -265,7 +266,7 @@ def _load_one(
     models: dict[str, Callable[[], BaseReward]] = {
         "clip": lambda: ClipScore(Clip.load(source, device)),
         "pickscore": lambda: PickScore(Clip.load(source, device)),
-        "hps": lambda: HpsScore(Clip.load(source, device)),
+        "hps": lambda: HpsScore.load(source, device),
         "imagereward": lambda: ImageRewardScore(ImageReward.load(source, device)),
         "aesthetic": lambda: Aesthetic.load(source, device),
         "brisque": lambda: Quality(Brisque.load(Path(source)).to(device)),

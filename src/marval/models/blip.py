@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from marval.checkpoint import load_strictly, read_json, read_state_dict
-from marval.models.clip import preprocess, quiet
+from marval.hub import hub_file, quiet
+from marval.models.clip import preprocess
 from marval.models.quality import ScoreHead
 
 WEIGHTS, TEXT_CONFIG = "ImageReward.pt", "med_config.json"
@@ -135,14 +136,7 @@ class ImageReward(nn.Module):
                 if not any((Path(source) / name).is_file() for name in ("tokenizer.json", "vocab.txt")):
                     raise ValueError(f"{source} has no tokenizer: copy tokenizer.json of {TOKENIZER} into it")
             else:
-                try:
-                    weights, config = (
-                        Path(str(transformers.utils.hub.cached_file(source, name))) for name in (WEIGHTS, TEXT_CONFIG)
-                    )
-                except OSError as error:
-                    raise ValueError(
-                        f"cannot fetch ImageReward from {source}: {' '.join(str(error).split())}"
-                    ) from None
+                weights, config = (hub_file(source, name) for name in (WEIGHTS, TEXT_CONFIG))
             tensors = convert(read_state_dict(weights)[0])
             sizes = vision_sizes(tensors, str(weights))
             try:

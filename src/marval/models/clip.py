@@ -1,7 +1,6 @@
 """CLIP (arXiv 2103.00020) through transformers: how well an image fits a text, differentiable in the image."""
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from marval.checkpoint import load_tensors, read_pickle, read_state_dict
+from marval.hub import quiet
 
 BICUBIC = 3  # PIL.Image.Resampling.BICUBIC
 _OPEN_CLIP_STARTS = {
@@ -79,21 +79,6 @@ def preprocess(images: Tensor, resize: int, size: int, mean: Tensor, std: Tensor
     return (x[..., top : top + size, left : left + size] - mean) / std
 
 
-@contextlib.contextmanager
-def quiet(transformers: Any) -> Iterator[None]:
-    """No progress bars and no reports on stderr: what is wrong with a file is raised instead."""
-    log = transformers.utils.logging
-    verbosity, bar = log.get_verbosity(), log.is_progress_bar_enabled()
-    log.set_verbosity_error()
-    log.disable_progress_bar()
-    try:
-        yield
-    finally:
-        log.set_verbosity(verbosity)
-        if bar:
-            log.enable_progress_bar()
-
-
 class Clip:
     """A frozen CLIP in float32.
 
@@ -111,13 +96,14 @@ class Clip:
         self._texts: dict[str, Tensor] = {}
 
     @classmethod
-    def load(cls, source: str, device: torch.device | str) -> "Clip":
+    def load(cls, source: str, device: torch.device | str, rest: str = "") -> "Clip":
         """A CLIP by its source.
 
         Args:
             source: a folder in the format of transformers (config, weights, tokenizer, preprocessor), a hub name, or
                 a file of open_clip's weights (``HPS_v2.1_compressed.pt``) in a folder with the other files of a
                 transformers CLIP of the same size.
+            rest: folder or hub name of these other files, if they are not in the folder of the weights.
 
         Raises:
             ValueError: transformers is not installed, a file is missing or unreadable, the weights are not exactly
@@ -130,7 +116,7 @@ class Clip:
         path = Path(source)
         if not path.exists() and source.count("/") != 1:
             raise ValueError(f"{source!r} is neither a folder nor a hub name such as openai/clip-vit-large-patch14")
-        folder = str(path.parent) if path.is_file() else source
+        folder = rest or (str(path.parent) if path.is_file() else source)
         with quiet(transformers):
             # The variant that works on PIL images exists by this name since transformers 5; it needs no torchvision.
             from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
