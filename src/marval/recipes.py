@@ -339,8 +339,8 @@ HELD_OUT = (
     "clip:openai/clip-vit-large-patch14,imagereward:THUDM/ImageReward,hps:xswu/HPSv2,"
     "aesthetic:openai/clip-vit-large-patch14:trl-lib/ddpo-aesthetic-predictor/aesthetic-model.pth"
 )
-"""Rewards that the ImageNet recipes measure and never train on, by their names on the hub. The aesthetic head is LAION's
-of five layers, sac+logos+ava1-l14-linearMSE, as the code of DDPO takes it."""
+"""Rewards that the ImageNet recipes measure and never train on, by their names on the hub. The aesthetic head is
+LAION's of five layers, sac+logos+ava1-l14-linearMSE, as the code of DDPO takes it."""
 PROMPT = "a high-quality and harmonious picture of {class}"
 
 
