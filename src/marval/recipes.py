@@ -252,7 +252,7 @@ def imagenette64_student() -> DistillConfig:
 
 def imagenette64_cpu_student() -> DistillConfig:
     """One-step student of the `imagenette64-cpu` teacher, on one CPU core. Not run yet."""
-    return pictures_student_on_cpu("data/imagenette64-latents")
+    return dataclasses.replace(pictures_student_on_cpu("data/imagenette64-latents"), steps=3_000)
 
 
 def imagenette64_evaluation() -> EvaluateConfig:
