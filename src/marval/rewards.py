@@ -378,7 +378,7 @@ def _failure(
             with torch.set_grad_enabled(gradient):
                 value = reward(image.clone(), [prompt])
                 if gradient:
-                    value.sum().backward()
+                    torch.autograd.grad(value.sum(), image)
         except Exception as alone:
             error, where = alone, f"image {first + i} ({prompt!r})"
             break
