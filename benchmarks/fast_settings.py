@@ -14,9 +14,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from marval.bench import seconds_per_image
 from marval.checkpoint import read_json, write_json
 from marval.config import EvaluateConfig, numbers
-from marval.draw import seconds_per_image
 from marval.evaluate import evaluate
 from marval.features import load_features
 from marval.pipeline import Pipeline

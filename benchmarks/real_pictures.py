@@ -17,6 +17,7 @@ counts. Two processes may work at once on different rows or seeds.
 import argparse
 import dataclasses
 import fnmatch
+import functools
 import hashlib
 import json
 import sys
@@ -31,7 +32,7 @@ from results_page import BATCHES, QUICK, SOLVERS, STEPS, about_now, places, same
 from torch import Tensor
 from tqdm import tqdm
 
-from marval.bench import machine, median_and_spread, time_batch
+from marval.bench import machine, median_and_spread, time_batch, times_in_turn
 from marval.checkpoint import read_json, write_atomically, write_json
 from marval.config import DistillConfig, StudentConfig, numbers
 from marval.data import ImageDataset, load_dataset, read_images
@@ -308,23 +309,22 @@ class Study:
     # ---- time
 
     def clock(self, patterns: str, batches: Sequence[int], repeats: int) -> None:
-        """Medians of whole batches after a warm-up, all rows of one K in turn."""
+        """Medians of whole batches, all rows of one K in turn (`times_in_turn`)."""
         rows = self.chosen(patterns, [row for row in self.rows if row.ar_steps and row.model != "untrained"])
         for batch in batches:
             for k in dict.fromkeys(row.ar_steps for row in rows):
                 group = [row for row in rows if row.ar_steps == k]
                 load = machine(torch.device("cpu")).get("load_average")
-                times: dict[str, list[float]] = {row.name: [] for row in group}
-                for repeat in tqdm(range(repeats + 1), desc=f"batch {batch}, K {k}", delay=2, leave=False):
-                    for row in group:
-                        model = self.models[row.model]
-                        config = model.settings(**self.settings(row))
-                        times[row.name].append(time_batch(model, config, batch, seed=repeat) / batch)
+                batch_of = {}
+                for row in group:
+                    model = self.models[row.model]
+                    config = model.settings(**self.settings(row))
+                    batch_of[row.name] = functools.partial(time_batch, model, config, batch)
                 before = self.read()["clock"]
                 about = {"repeats": repeats, "load_average": load, "date": time.strftime("%Y-%m-%d")}
                 entries = {}
-                for name, values in times.items():
-                    median, spread = median_and_spread(values[1:])
+                for name, values in times_in_turn(batch_of, repeats, f"batch {batch}, K {k}").items():
+                    median, spread = median_and_spread([seconds / batch for seconds in values])
                     found = {"seconds_per_image": median, "spread": spread, **about}
                     entries[name] = before.get(name, {}) | {str(batch): found}
                     print(f"{name}, batch {batch}: {1000 * median:.2f} ms per image", flush=True)

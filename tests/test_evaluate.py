@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from marval import reference as references
+from marval.bench import seconds_per_image
 from marval.config import EvaluateConfig
 from marval.data import center_crop, load_dataset, save_png
 from marval.evaluate import (
@@ -24,7 +25,6 @@ from marval.evaluate import (
     image_moments,
     reference_moments,
     sample_in_turn,
-    seconds_per_image,
 )
 from marval.features import classifier_features, load_features
 from marval.metrics import frechet_distance, inception_score, kernel_distance, precision_recall

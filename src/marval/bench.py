@@ -2,13 +2,14 @@
 
 import contextlib
 import dataclasses
+import functools
 import os
 import platform
 import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 from unittest.mock import patch
@@ -108,6 +109,16 @@ def time_batch(model: Pipeline, config: SamplingConfig, batch: int, seed: int) -
     return time.perf_counter() - start
 
 
+def time_and_peak(
+    model: Pipeline, config: SamplingConfig, batch: int, graphs: bool, peaks: list[int], seed: int
+) -> float:
+    """`time_batch`, whose peak memory is appended to ``peaks``."""
+    reset_peak(model.device)
+    seconds = time_batch(model, config, batch, seed)
+    peaks.append(peak_memory(model.device, graphs))
+    return seconds
+
+
 @contextlib.contextmanager
 def clocks(model: Pipeline) -> Iterator[dict[str, float]]:
     """Seconds spent inside encoder, decoder, head and tokenizer until the block ends, added up.
@@ -159,6 +170,38 @@ def split_batch(model: Pipeline, config: SamplingConfig, batch: int, seed: int) 
 
 # ---- many
 
+TURN = 0.05
+"""Seconds that a model's turn at least takes in `times_in_turn`."""
+
+
+def times_in_turn(
+    batches: Mapping[str, Callable[[int], float]], repeats: int, title: str = "", quiet: bool = False
+) -> dict[str, list[float]]:
+    """What each function returned (seconds), the models in turn, so that a slow spell of the machine meets all of them.
+
+    The first round is a warm-up. A turn goes on for `TURN`; of several batches the first, which finds the caches full
+    of the model before it, is not counted.
+
+    Args:
+        batches: draw and time a batch, given the round. repeats: rounds that count.
+    """
+    times: dict[str, list[float]] = {name: [] for name in batches}
+    for repeat in tqdm(range(repeats + 1), desc=title, delay=2, leave=False, disable=quiet):
+        for name, batch in batches.items():
+            turn = [batch(repeat)]
+            while sum(turn) < TURN:
+                turn.append(batch(repeat))
+            times[name] += (turn[1:] or turn) if repeat else []
+    return times
+
+
+def seconds_per_image(models: Mapping[str, Pipeline], batch: int, repeats: int = 10) -> dict[str, float]:
+    """Median wall time of one batch of each model with its own settings, per image, decoding included."""
+    batches = {
+        name: functools.partial(time_batch, model, model.settings(), batch) for name, model in models.items()
+    }  # fmt: skip
+    return {name: statistics.median(times) / batch for name, times in times_in_turn(batches, repeats).items()}
+
 
 def median_and_spread(values: list[float]) -> tuple[float, float]:
     """Median, and interquartile range over median."""
@@ -191,7 +234,7 @@ def bench(
     budget: float | None = None, precision: Literal["auto", "float32", "bf16"] = "auto", graphs: bool = False,
     compile: bool = False, **settings: Any,
 ) -> dict[str, Any]:  # fmt: skip
-    """Medians over ``repeats`` batches after a warm-up, teacher and student in turn within one process.
+    """Medians over ``repeats`` rounds, teacher and student in turn (`times_in_turn`) within one process.
 
     Args:
         ar_steps: values of K, each timed at every batch size; the model's default if left out.
@@ -217,15 +260,14 @@ def bench(
     for batch in batches:
         for k in given:
             configs = {name: model.settings(**settings, ar_steps=k) for name, model in models.items()}
-            times: dict[str, list[float]] = {name: [] for name in models}
-            peaks = dict.fromkeys(models, 0)
-            for repeat in tqdm(range(repeats + 1), desc=f"batch {batch}, K {k}", delay=2, leave=False, disable=quiet):
-                for name, model in models.items():
-                    reset_peak(place)
-                    times[name].append(time_batch(model, configs[name], batch, seed=repeat))
-                    peaks[name] = max(peaks[name], peak_memory(place, graphs))
+            peaks: dict[str, list[int]] = {name: [] for name in models}
+            batch_of = {
+                name: functools.partial(time_and_peak, model, configs[name], batch, graphs, peaks[name])
+                for name, model in models.items()
+            }
+            times = times_in_turn(batch_of, repeats, f"batch {batch}, K {k}", quiet)
             for name, model in models.items():
-                median, spread = median_and_spread([seconds / batch for seconds in times[name][1:]])
+                median, spread = median_and_spread([seconds / batch for seconds in times[name]])
                 splits = [split_batch(model, configs[name], batch, seed) for seed in range(min(3, repeats))]
                 parts = {part: statistics.median(split[part] for split in splits) / batch for part in PARTS}
                 least = floor_of(model, configs[name], batch, rates) / batch
@@ -233,7 +275,7 @@ def bench(
                     {
                         "model": name, "batch": batch, "ar_steps": k, "seconds_per_image": median, "spread": spread,
                         "parts": parts, "floor_seconds_per_image": least,
-                        "over_floor": (median - parts["tokenizer"]) / least, "peak_memory": peaks[name],
+                        "over_floor": (median - parts["tokenizer"]) / least, "peak_memory": max(peaks[name]),
                     }
                 )  # fmt: skip
             speedup[f"batch {batch}, K {k}"] = rows[-2]["seconds_per_image"] / rows[-1]["seconds_per_image"]

@@ -11,6 +11,7 @@ Conventions, everywhere in marval:
 Pure functions on tensors (Ho et al. 2020; Nichol & Dhariwal 2021; Song et al. 2021; MAR, arXiv 2406.11838).
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator
@@ -53,6 +54,7 @@ def cosine_schedule(num_steps: int = 1000, max_beta: float = 0.999) -> Schedule:
     return Schedule(torch.tensor(betas, dtype=torch.float64))
 
 
+@functools.lru_cache(maxsize=64)  # schedules are never changed
 def respace(schedule: Schedule, num_steps: int) -> Schedule:
     """The same process observed at ``num_steps`` evenly spaced timesteps, first and last included.
 

@@ -1,8 +1,6 @@
-"""Draw sets of images: of classes in turn over all processes, into files, and against the clock."""
+"""Draw sets of images: of classes in turn over all processes, and into files."""
 
 import re
-import statistics
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -113,21 +111,6 @@ def write_npz(path: Path, **arrays: np.ndarray) -> None:
     """A compressed .npz under exactly this name."""
     with open(path, "wb") as file:
         np.savez_compressed(file, allow_pickle=False, **arrays)
-
-
-def seconds_per_image(models: dict[str, Pipeline], batch: int, repeats: int = 10) -> dict[str, float]:
-    """Median wall time of one batch of each model, per image, decoding included, after a warm-up.
-
-    The models take turns, so that a slow spell of the machine meets all of them.
-    """
-    times: dict[str, list[float]] = {name: [] for name in models}
-    for repeat in range(repeats + 1):
-        for name, model in models.items():
-            classes = [i % len(model.class_names) for i in range(batch)]
-            start = time.perf_counter()
-            model.sample(classes, seed=repeat, batch_size=batch)
-            times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values[1:]) / batch for name, values in times.items()}
 
 
 def head_evaluations_per_token(model: Pipeline) -> int:

@@ -27,7 +27,6 @@ from marval.draw import file_name
 from marval.draw import head_evaluations_per_token as head_evaluations_per_token  # these are imported from here too
 from marval.draw import sample_in_turn as sample_in_turn
 from marval.draw import save_images as save_images
-from marval.draw import seconds_per_image as seconds_per_image
 from marval.draw import write_npz as write_npz
 from marval.features import BATCH, FeatureNetwork, classifier_features, load_features
 from marval.images import save_png

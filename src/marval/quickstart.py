@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from marval import recipes
+from marval.bench import seconds_per_image
 from marval.checkpoint import read_json, write_atomically, write_json
 from marval.config import DistillConfig, RLConfig, TrainConfig, check, to_dict
 from marval.data import image_grid, load_dataset, save_png
@@ -22,7 +23,6 @@ from marval.evaluate import (
     head_evaluations_per_token,
     image_moments,
     sample_in_turn,
-    seconds_per_image,
     write_npz,
 )
 from marval.masking import masked_counts
@@ -192,7 +192,8 @@ def measure(
             "seeds); accuracy: the share of images read as the asked class, "
             "by the classifier and by the judge; reward: the classifier's mean log-probability of the asked class; "
             f"latency: median of {repeats} batches (batch 256: {max(1, repeats // 5)}) after a warm-up, the models in "
-            f"turn, float32, whole images, teacher with {models['teacher'].sampling.head_steps} "
+            f"turn (marval.bench.times_in_turn), float32, whole images, teacher with "
+            f"{models['teacher'].sampling.head_steps} "
             f"{models['teacher'].sampling.solver} steps, the same number of AR steps for all; floor: one half of the "
             "training digits against the other."
         ),

@@ -39,12 +39,12 @@ def digits_teacher() -> TrainConfig:
 
 
 def digits_student() -> DistillConfig:
-    """One-step student of the digits teacher, for every guidance scale in 1..3: its head, on the frozen backbone.
+    """One-step student of the digits teacher, for every guidance scale in 1..3: backbone and head.
 
     FID (classifier features) 2.14 at w = 2 in 0.5 minutes (README, 2026-11-25; 2 CPU cores).
     """
     return DistillConfig(
-        steps=600, batch=64, ema=0.99, save_every=200, sample_every=300,
+        steps=600, batch=64, ema=0.99, save_every=200, sample_every=300, trained="all",
         student=StudentConfig(guidance=2.0, guidance_range=(1.0, 3.0)), gsim=GSIMConfig(lr=2e-4, auxiliary_lr=4e-4),
     )  # fmt: skip
 
