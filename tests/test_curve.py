@@ -35,7 +35,9 @@ TRAIN = TrainConfig(
     steps=12, batch=16, lr=4e-3, warmup=2, ema=0.5, log_every=6, save_every=100, sample_every=0, model=tiny.MODEL,
     sampling=tiny.SAMPLING,
 )  # fmt: skip
-DISTILL = DistillConfig(steps=6, batch=8, ar_steps=4, warmup=1, log_every=6, save_every=100, sample_every=0)
+DISTILL = DistillConfig(
+    trained="head", steps=6, batch=8, ar_steps=4, warmup=1, log_every=6, save_every=100, sample_every=0
+)
 
 
 def watched(config: Any, **changes: Any) -> Any:

@@ -17,7 +17,7 @@ from marval.matching import load_scores
 from marval.models.classifier import Classifier
 from marval.pipeline import Pipeline
 
-SHORT = DistillConfig(steps=3, batch=8, ar_steps=4, log_every=1, sample_every=0, warmup=1)
+SHORT = DistillConfig(trained="head", steps=3, batch=8, ar_steps=4, log_every=1, sample_every=0, warmup=1)
 
 
 def frechet(model: Pipeline) -> float:

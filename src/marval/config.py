@@ -299,8 +299,9 @@ class DistillConfig(CurveConfig):
     """The objective."""
     student: StudentConfig = StudentConfig()
     """How the student is evaluated: t_init, guidance, or a range of guidance scales as an input."""
-    trained: Literal["head", "all"] = "head"
-    """Train the head on the teacher's frozen backbone (contexts computed once for all three heads), or everything."""
+    trained: Literal["head", "all"] = "all"
+    """Train everything, or only the head, on the teacher's frozen backbone: contexts are then computed once for all
+    three heads, but the head cannot see what guidance depends on (docs/method.md)."""
     mask_ratios: Literal["training", "inference"] = "inference"
     """Masked tokens per context: the training distribution, or that of the K AR steps of sampling."""
     rollout: float = 0.0
