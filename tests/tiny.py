@@ -51,8 +51,8 @@ def teacher() -> Path:
 def student() -> Path:
     """Folder of its head-only one-step student."""
     config = DistillConfig(
-        trained="head", steps=200, batch=32, ar_steps=4, warmup=5, sample_every=0, ema=0.95, student=StudentConfig(guidance=1.5),
-        gsim=GSIMConfig(lr=1e-3, auxiliary_lr=2e-3),
+        trained="head", steps=200, batch=32, ar_steps=4, warmup=5, sample_every=0, ema=0.95,
+        student=StudentConfig(guidance=1.5), gsim=GSIMConfig(lr=1e-3, auxiliary_lr=2e-3),
     )  # fmt: skip
     distill(config, teacher(), folder("student"))
     return folder("student")
