@@ -38,7 +38,7 @@ from marval.diffusion import cosine_schedule
 from marval.distributed import World
 from marval.ema import EMA
 from marval.floor import bandwidth, by_part, floor_seconds, matmul_rate, sampling_loads, synchronise
-from marval.matching import ScoreMatching, copy_network, draw_noise, own_part
+from marval.matching import ScoreMatching, copy_head, copy_network, draw_noise, own_part
 from marval.models.mar import MAR
 from marval.pipeline import Pipeline
 from marval.rng import ImageNoise
@@ -424,11 +424,10 @@ def matched(
     """Student and auxiliary of a teacher, as `marval.distill` makes them."""
     teacher, tokens, labels, g = trainable(suite, size)
     guidance_input = student_config.guidance_range is not None
-    student, auxiliary = (copy_network(teacher, config.trained, guidance_input) for _ in range(2))
+    student, auxiliary = copy_network(teacher, config.trained, guidance_input), copy_head(teacher, guidance_input)
     matching = ScoreMatching(teacher, student, auxiliary, student_config, config.gsim, cosine_schedule())
     updates, world = [], World(0, 1, suite.device)
-    for name, network in (("student", student), ("auxiliary", auxiliary)):
-        part = own_part(network, teacher)
+    for name, part in (("student", own_part(student, teacher)), ("auxiliary", auxiliary)):
         optimizer = torch.optim.Adam(part.parameters(), config.gsim.lr, betas=(0.0, 0.999), fused=True)
         updates.append(Update(name, part, optimizer, config, world))
     return matching, updates, EMA(updates[0].module, config.ema), (tokens, labels, g)

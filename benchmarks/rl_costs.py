@@ -74,7 +74,7 @@ def anchor_update(student: Pipeline, folder: Path, config: RLConfig) -> Callable
     network = copy_network(student.network, "head", takes_guidance)
     teacher, auxiliary = load_scores(folder, student.network, takes_guidance)
     matching = ScoreMatching(teacher, network, auxiliary, student.student, config.gsim, student.schedule)
-    optimizer = torch.optim.Adam(auxiliary.head.parameters(), 1e-9)
+    optimizer = torch.optim.Adam(auxiliary.parameters(), 1e-9)
     length, dim, g = network.config.num_tokens, network.config.token_dim, generator(0)
     order = torch.rand(config.batch, length, generator=g).argsort(1)
     visible, masked = order[:, : length // 2].sort(1).values, order[:, length // 2 :]
@@ -93,8 +93,8 @@ def anchor_update(student: Pipeline, folder: Path, config: RLConfig) -> Callable
             noise = draw_noise(*masked.shape, dim, config.gsim.t_range, g)
             loss, _ = matching.student_loss(context, *noise)
         loss.backward()
-        for part in (network, auxiliary):
-            part.head.zero_grad()
+        for head in (network.head, auxiliary):
+            head.zero_grad()
 
     return update
 

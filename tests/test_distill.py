@@ -50,7 +50,8 @@ def test_head_only_shares_the_teachers_backbone(tmp_path: Path):
     assert loaded.student == SHORT.student
     assert np.array_equal(loaded.sample([5], seed=2), student.sample([5], seed=2))
     teacher, auxiliary = load_scores(tmp_path / "run", loaded.network, False)
-    assert teacher.class_emb is loaded.network.class_emb is auxiliary.class_emb
+    assert teacher.class_emb is loaded.network.class_emb
+    assert not torch.equal(auxiliary.input_proj.weight, before["head.input_proj.weight"])
     assert torch.equal(teacher.head.input_proj.weight, before["head.input_proj.weight"])
     assert not any(p.requires_grad for p in teacher.head.parameters())
 
@@ -63,7 +64,9 @@ def test_training_everything_moves_the_backbone(tmp_path: Path):
     scores = load_file(tmp_path / "run" / "scores.safetensors")
     assert {name.removeprefix("teacher.") for name in scores if name.startswith("teacher.")} == before.keys()
     assert all(torch.equal(scores[f"teacher.{name}"], value) for name, value in before.items())
-    assert not torch.equal(scores["auxiliary.mask_token"], before["mask_token"])
+    heads = {name for name in before if name.startswith("head.")}
+    assert {name.removeprefix("auxiliary.") for name in scores if name.startswith("auxiliary.")} == heads
+    assert not torch.equal(scores["auxiliary.head.input_proj.weight"], before["head.input_proj.weight"])
 
 
 def test_a_student_of_a_range_of_guidance(tmp_path: Path):

@@ -17,10 +17,12 @@ from marval.latents import LatentDataset
 from marval.matching import (
     ScoreMatching,
     averaged_network,
+    copy_head,
     copy_network,
     draw_noise,
     own_part,
     shard_networks,
+    with_head,
 )
 from marval.models.autoencoders import autoencoder_digest
 from marval.pipeline import Pipeline
@@ -82,23 +84,24 @@ def distill(config: DistillConfig, teacher_folder: Path, out: Path, resume: bool
     model.settings()
     curve = Curve(config, model, data, world)
     tokenizer, length, num_classes = model.tokenizer, model.network.config.num_tokens, len(model.class_names)
-    auxiliary = copy_network(teacher.network, config.trained, config.student.guidance_range is not None)
+    auxiliary = copy_head(teacher.network, config.student.guidance_range is not None)
     blank = template(model.network)
-    for network in (model.network, auxiliary):
+    for network in (model.network, with_head(model.network, auxiliary)):
         prepare(network, config)
-    student, auxiliary = shard_networks(world, teacher.network, model.network, auxiliary)
+    (student,) = shard_networks(world, teacher.network, model.network)
+    world.shard(auxiliary)
     matching = ScoreMatching(teacher.network, student, auxiliary, config.student, config.gsim, model.schedule)
-    student_part, auxiliary_part = own_part(student, teacher.network), own_part(auxiliary, teacher.network)
+    student_part = own_part(student, teacher.network)
     adam = {"betas": (0.0, 0.999), "fused": True}
     student_optimizer = torch.optim.Adam(student_part.parameters(), config.gsim.lr, **adam)
-    auxiliary_optimizer = torch.optim.Adam(auxiliary_part.parameters(), config.gsim.auxiliary_lr, **adam)
+    auxiliary_optimizer = torch.optim.Adam(auxiliary.parameters(), config.gsim.auxiliary_lr, **adam)
     student_update = Update("student", student_part, student_optimizer, config, world)
-    auxiliary_update = Update("auxiliary", auxiliary_part, auxiliary_optimizer, config, world)
+    auxiliary_update = Update("auxiliary", auxiliary, auxiliary_optimizer, config, world)
     ema = EMA(student_part, config.ema, blank.head if config.trained == "head" else blank)
     run = Run(out, "distill", config, resume, world, {"teacher": teacher_folder})
     start = run.restore(
         {
-            "student": student_part, "auxiliary": auxiliary_part, "ema": ema,
+            "student": student_part, "auxiliary": auxiliary, "ema": ema,
             "student_optimizer": student_optimizer, "auxiliary_optimizer": auxiliary_optimizer,
         },
         curve.best,

@@ -37,7 +37,7 @@ from marval.distributed import World
 from marval.ema import EMA
 from marval.features import BATCH
 from marval.importing import KL16
-from marval.matching import ScoreMatching, copy_network, own_part, with_head
+from marval.matching import ScoreMatching, copy_head, copy_network, own_part, with_head
 from marval.models.autoencoders import KL, TAESD
 from marval.models.lora import adapt
 from marval.models.mar import MAR
@@ -158,7 +158,7 @@ def _distill(config: DistillConfig, model: MARConfig, share: _Share, decoder: De
     }
     work = _matching_work(matching, updates, config, model, share)
     cost = _over_masks(ratios[config.mask_ratios], work)
-    networks = {"teacher": teacher, "student": matching.student, "auxiliary": matching.auxiliary}
+    networks = {"teacher": teacher, "student": matching.student, "auxiliary": _auxiliary(matching)}
     images = share.parts * share.part
     if config.rollout > 0:
         draw = one_evaluation(matching.student.head, matching.schedule, config.student.t_init)
@@ -244,7 +244,7 @@ def _rl(config: RLConfig, model: MARConfig, share: _Share, decoder: Decoder, stu
         anchor = _over_masks(lambda u: masking.inference_masked_count(length, config.ar_steps, u), work)
         operations += anchor.operations / share.parts
         peak = max(peak, anchor.peak)
-        networks |= {"teacher": matching.teacher, "auxiliary": matching.auxiliary}
+        networks |= {"teacher": matching.teacher, "auxiliary": _auxiliary(matching)}
     helpers = {"autoencoder": decoder[0], "reward": reward.networks, "held-out rewards": held_out.networks}
     cost = Cost(operations, peak)
     state = _state(networks, updates if config.anchor > 0 else updates[:1], ema, cost, count, helpers)
@@ -261,8 +261,8 @@ def _rl(config: RLConfig, model: MARConfig, share: _Share, decoder: Decoder, stu
     if config.judge or config.features or config.classifier:
         notes.append("judge, classifier and the network of --features are not counted")
     if config.anchor > 0 and config.trained != "head":
-        how = "whole, as of a student of --trained all" if config.trained == "all" else "as heads on its backbone"
-        notes.append(f"teacher and auxiliary of the student are counted {how}")
+        how = "whole, as of a student of --trained all" if config.trained == "all" else "as a head on its backbone"
+        notes.append(f"the teacher of the student is counted {how}")
     return {
         **state, "between": max(state["between"], looked.peak, watched.peak), "notes": notes,
         "looks": looks * (plain.operations + watched.operations) / count,
@@ -327,23 +327,27 @@ def _matching(
 ) -> tuple[ScoreMatching, list[Update], EMA[Any]]:
     """Student and auxiliary of a frozen teacher, as `marval.distill` makes them; their updates; the average."""
     guidance_input = student_config.guidance_range is not None
-    own = "head" if config.trained == "lora" else config.trained  # of teacher and auxiliary
     with torch.device("meta"):
-        student, auxiliary = (copy_network(base, trained, guidance_input) for trained in (config.trained, own))
+        student, auxiliary = copy_network(base, config.trained, guidance_input), copy_head(base, guidance_input)
     adapters = None
     if isinstance(config, RLConfig) and config.trained == "lora":
         adapters = adapt(student, config.lora_rank)
-    for network in (student, auxiliary):
+    for network in (student, with_head(student, auxiliary)):
         prepare(network, config)
     teacher = base
     if isinstance(config, RLConfig):  # the base is the student's start; the teacher has a head, or all, of its own
         teacher = _frozen(base.config)
-        teacher = with_head(base, teacher.head) if own == "head" else teacher
+        teacher = teacher if config.trained == "all" else with_head(base, teacher.head)
     matching = ScoreMatching(teacher, student, auxiliary, student_config, config.gsim, cosine_schedule())
     updates = []
-    for name, part in (("student", adapters or own_part(student, base)), ("auxiliary", own_part(auxiliary, base))):
+    for name, part in (("student", adapters or own_part(student, base)), ("auxiliary", auxiliary)):
         updates.append(_new_update(name, part, config))
     return matching, updates, EMA(updates[0].module, config.ema)
+
+
+def _auxiliary(matching: ScoreMatching) -> MAR:
+    """The auxiliary as the network that it is a head of."""
+    return with_head(matching.student, matching.auxiliary)
 
 
 def _matching_work(

@@ -1,7 +1,8 @@
 """GSIM on contexts: what distillation and RL's anchor share.
 
-A context is a set of visible tokens, a class and a guidance scale; it gives every masked token a condition. With a
-frozen backbone that teacher, student and auxiliary share, its conditions are computed once.
+A context is a set of visible tokens, a class and a guidance scale; it gives every masked token a condition: the
+teacher's, and the student's where that has a backbone of its own. The auxiliary is a head on the student's conditions:
+the student's tokens depend on nothing else, so it needs no backbone to learn their score.
 """
 
 import copy
@@ -32,19 +33,26 @@ def with_head(network: MAR, head: DiffusionHead) -> MAR:
     return other
 
 
-def copy_network(network: MAR, trained: str, guidance_input: bool) -> MAR:
-    """A trainable copy: of the head, on the shared backbone (``trained`` = head), or of everything (all).
-
-    ``guidance_input`` adds the embedding of w to the head; it starts at zero, so the copy computes the same.
-    """
-    device = network.fake_latent.device
-    config = network.config
+def copy_head(network: MAR, guidance_input: bool) -> DiffusionHead:
+    """A trainable copy of the head. ``guidance_input`` adds the embedding of w, which starts at zero: it computes the
+    same."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
-        head = DiffusionHead(config.token_dim, config.width, config.head_width, config.head_depth, guidance_input)
+        head = new_head(network, guidance_input)
     head.load_state_dict({**head.state_dict(), **network.head.state_dict()})
+    return head.requires_grad_(True).to(network.fake_latent.device).eval()
+
+
+def new_head(network: MAR, guidance_input: bool) -> DiffusionHead:
+    """A fresh head of the network's sizes."""
+    config = network.config
+    return DiffusionHead(config.token_dim, config.width, config.head_width, config.head_depth, guidance_input)
+
+
+def copy_network(network: MAR, trained: str, guidance_input: bool) -> MAR:
+    """A trainable copy: of the head, on the shared backbone (``trained`` = head), or of everything (all)."""
     backbone = network if trained == "head" else copy.deepcopy(network).requires_grad_(True)
-    return with_head(backbone, head.requires_grad_(True).to(device)).eval()
+    return with_head(backbone, copy_head(network, guidance_input)).eval()
 
 
 def own_part(network: MAR, base: MAR) -> nn.Module:
@@ -87,7 +95,7 @@ def averaged_network(network: MAR, ema: EMA[Any], blank: MAR) -> MAR:
 
 @dataclass
 class Context:
-    """B images with V visible and N masked tokens each, and the teacher's conditions (B, N, E) of the masked ones."""
+    """B images with V visible and N masked tokens each, and the conditions (B, N, E) of the masked ones."""
 
     tokens: Tensor
     visible: Tensor
@@ -97,41 +105,45 @@ class Context:
     """(B, 1) guidance scales."""
     teacher: Tensor
     teacher_null: Tensor
+    student: Tensor
+    """Without gradient; the teacher's where they share the backbone."""
 
 
 class ScoreMatching:
     """Losses of student and auxiliary against a frozen teacher (`marval.gsim`), averaged over the masked tokens."""
 
     def __init__(
-        self, teacher: MAR, student: MAR, auxiliary: MAR, student_config: StudentConfig, config: GSIMConfig,
-        schedule: Schedule,
+        self, teacher: MAR, student: MAR, auxiliary: DiffusionHead, student_config: StudentConfig,
+        config: GSIMConfig, schedule: Schedule,
     ):  # fmt: skip
         self.teacher, self.student, self.auxiliary = teacher, student, auxiliary
         self.student_config, self.config, self.schedule = student_config, config, schedule
         self.distance = gsim.DISTANCES[config.distance]
 
     def context(self, tokens: Tensor, visible: Tensor, masked: Tensor, labels: Tensor, w: Tensor) -> Context:
-        """Masked tokens (B, N) given visible ones (B, V) and classes (B,), with the teacher's conditions."""
+        """Masked tokens (B, N) given visible ones (B, V) and classes (B,), with their conditions."""
         null = torch.full_like(labels, self.teacher.config.num_classes)
         with torch.no_grad():
             both = self.teacher.condition(tokens.repeat(2, 1, 1), visible.repeat(2, 1), torch.cat([labels, null]))
             teacher, teacher_null = gather_tokens(both, masked.repeat(2, 1)).chunk(2)
-        return Context(tokens, visible, masked, labels, w, teacher, teacher_null)
+            context = Context(tokens, visible, masked, labels, w, teacher, teacher_null, teacher)
+            context.student = self.condition(context)
+        return context
 
-    def condition(self, network: MAR, context: Context) -> Tensor:
-        """Conditions (B, N, E) of the masked tokens under student or auxiliary; the teacher's on a shared backbone."""
-        if network.class_emb is self.teacher.class_emb:
+    def condition(self, context: Context) -> Tensor:
+        """Conditions (B, N, E) of the masked tokens under the student; the teacher's on a shared backbone."""
+        if self.student.class_emb is self.teacher.class_emb:
             return context.teacher
-        return gather_tokens(network.condition(context.tokens, context.visible, context.labels), context.masked)
+        return gather_tokens(self.student.condition(context.tokens, context.visible, context.labels), context.masked)
 
     def draw_guidance(self, count: int, generator: torch.Generator) -> Tensor:
         """(count, 1) the fixed scale, or U[low, high] for a student that takes it as an input."""
         low, high = self.student_config.guidance_range or (self.student_config.guidance,) * 2
         return low + (high - low) * torch.rand(count, 1, generator=generator, device=generator.device)
 
-    def generate(self, context: Context, z: Tensor) -> Tensor:
-        """g(z, c): the student's tokens (B, N, D)."""
-        condition, t_init = self.condition(self.student, context), self.student_config.t_init
+    def generate(self, context: Context, z: Tensor, condition: Tensor) -> Tensor:
+        """g(z, c): the student's tokens (B, N, D) at its conditions."""
+        t_init = self.student_config.t_init
         return student_tokens(self.student.head, self.schedule, t_init, condition, z, context.w)
 
     def eps_teacher(self, context: Context, x_t: Tensor, t: Tensor) -> Tensor:
@@ -142,41 +154,42 @@ class ScoreMatching:
         return guide(eps, eps_null, context.w.unsqueeze(-1))
 
     def eps_auxiliary(self, context: Context, x_t: Tensor, t: Tensor, condition: Tensor) -> Tensor:
-        """Noise prediction of the auxiliary, unguided, (B, N, D)."""
-        return self.auxiliary.head(x_t, t, condition, context.w).chunk(2, dim=-1)[0]
+        """Noise prediction of the auxiliary, unguided, (B, N, D), at the student's conditions."""
+        return self.auxiliary(x_t, t, condition, context.w).chunk(2, dim=-1)[0]
 
     def auxiliary_loss(self, context: Context, z: Tensor, t: Tensor, eps: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Denoising score matching on detached student samples: a scalar, and what to watch."""
         with torch.no_grad():
-            x_t = q_sample(self.schedule, self.generate(context, z), t, eps)
-        condition = self.condition(self.auxiliary, context)
-        loss = gsim.auxiliary_loss(self.eps_auxiliary(context, x_t, t, condition), eps).mean()
+            x_t = q_sample(self.schedule, self.generate(context, z, context.student), t, eps)
+        loss = gsim.auxiliary_loss(self.eps_auxiliary(context, x_t, t, context.student), eps).mean()
         return loss, {"auxiliary_loss": loss}
 
     def student_loss(self, context: Context, z: Tensor, t: Tensor, eps: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """GSIM: the gradient flows through x_t into both head evaluations. A scalar, and what to watch."""
-        x0 = self.generate(context, z)
+        condition = self.condition(context)
+        x0 = self.generate(context, z, condition)
         x_t = q_sample(self.schedule, x0, t, eps)
         eps_teacher = self.eps_teacher(context, x_t, t)
-        with torch.no_grad():
-            condition = self.condition(self.auxiliary, context)
-        eps_auxiliary = self.eps_auxiliary(context, x_t, t, condition)
+        eps_auxiliary = self.eps_auxiliary(context, x_t, t, condition.detach())
         loss = gsim.student_loss(eps_teacher, eps_auxiliary, eps, self.config.lam, self.distance).mean()
         y = (eps_teacher - eps_auxiliary).detach().norm(dim=-1).mean()
         return loss, {"student_loss": loss, "y": y, "token_mean": x0.detach().mean(), "token_std": x0.detach().std()}
 
     def scores(self) -> dict[str, Tensor]:
-        """What `load_scores` reads: teacher and auxiliary, as far as they do not share the student's backbone."""
-        tensors = {}
-        for role, network in (("teacher", self.teacher), ("auxiliary", self.auxiliary)):
-            shared = network.class_emb is self.student.class_emb
-            for name, value in network.state_dict().items():
-                if name.startswith("head.") or not shared:
-                    tensors[f"{role}.{name}"] = whole(value).to("cpu", copy=True)
-        return tensors
+        """What `load_scores` reads: the auxiliary, and what the teacher does not share with the student."""
+        shared = self.teacher.class_emb is self.student.class_emb
+        own = {n: x for n, x in self.teacher.state_dict().items() if n.startswith("head.") or not shared}
+        tensors = {f"teacher.{name}": x for name, x in own.items()}
+        tensors |= {f"{AUXILIARY}{name}": x for name, x in self.auxiliary.state_dict().items()}
+        return {name: whole(x).to("cpu", copy=True) for name, x in tensors.items()}
 
 
-def load_scores(folder: Path, student: MAR, guidance_input: bool) -> tuple[MAR, MAR]:
+AUXILIARY = "auxiliary.head."
+"""Prefix of its weights in scores.safetensors. Files of marval 0.1 may also hold a backbone of the auxiliary, which is
+left out: its head is as good on the student's conditions within 3 % of its loss (docs/LOG.md, 2026-11-26)."""
+
+
+def load_scores(folder: Path, student: MAR, guidance_input: bool) -> tuple[MAR, DiffusionHead]:
     """Teacher (frozen) and auxiliary of a distilled student, from the student's folder.
 
     Raises:
@@ -185,21 +198,23 @@ def load_scores(folder: Path, student: MAR, guidance_input: bool) -> tuple[MAR, 
     file = folder / "scores.safetensors"
     if not file.exists():
         raise ValueError(f"{file} does not exist: only a folder of `marval distill` or `marval rl` has it")
-    tensors = load_tensors(file)
-    networks = []
-    for role, takes_guidance in (("teacher", False), ("auxiliary", guidance_input)):
-        own = {name.removeprefix(f"{role}."): value for name, value in tensors.items() if name.startswith(f"{role}.")}
-        if any(not name.startswith("head.") for name in own):
-            network = MAR(student.config, takes_guidance)
-            load_strictly(network, own, f"{file} ({role})")
-        else:
-            config = student.config
-            head = DiffusionHead(config.token_dim, config.width, config.head_width, config.head_depth, takes_guidance)
-            load_strictly(head, {name.removeprefix("head."): v for name, v in own.items()}, f"{file} ({role})")
-            network = with_head(student, head)
-        networks.append(network.eval().to(student.fake_latent.device))
-    own_part(networks[0], student).requires_grad_(False)
-    return networks[0], networks[1]
+    tensors, device = load_tensors(file), student.fake_latent.device
+
+    def named(prefix: str) -> dict[str, Tensor]:
+        return {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
+
+    auxiliary = new_head(student, guidance_input)
+    load_strictly(auxiliary, named(AUXILIARY), f"{file} (auxiliary)")
+    if all(name.startswith("head.") for name in named("teacher.")):
+        head = new_head(student, False)
+        load_strictly(head, named("teacher.head."), f"{file} (teacher)")
+        teacher = with_head(student, head)
+    else:
+        teacher = MAR(student.config)
+        load_strictly(teacher, named("teacher."), f"{file} (teacher)")
+    teacher.eval().to(device)
+    own_part(teacher, student).requires_grad_(False)
+    return teacher, auxiliary.eval().to(device)
 
 
 def draw_noise(

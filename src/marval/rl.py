@@ -27,6 +27,7 @@ from marval.matching import (
     load_scores,
     own_part,
     shard_networks,
+    with_head,
 )
 from marval.models.lora import adapt
 from marval.models.mar import MAR
@@ -119,13 +120,13 @@ def align(config: RLConfig, student_folder: Path, out: Path, resume: bool, best:
 
     blank = template(student)
     adapters = adapt(student, config.lora_rank, config.seed) if config.trained == "lora" else None
-    scores = []
+    anchored = None
     if config.anchor > 0:
-        scores = load_scores(student_folder, base.network, guidance_range is not None)
+        anchored = load_scores(student_folder, base.network, guidance_range is not None)
     blank_part = template(adapters) if adapters else blank.head if config.trained == "head" else blank
-    for network in (student, *scores[1:]):  # the auxiliary too
+    for network in (student, *([with_head(student, anchored[1])] if anchored else [])):
         prepare(network, config)
-    student, *scores = shard_networks(world, base.network, student, *scores)
+    student, *teachers = shard_networks(world, base.network, student, *([anchored[0]] if anchored else []))
     model = Pipeline(student, base.tokenizer, base.class_names, sampling, base.student)
     part = adapters or own_part(student, base.network)
     optimizer = torch.optim.Adam(part.parameters(), config.gsim.lr, betas=(0.0, 0.999), fused=True)
@@ -133,15 +134,15 @@ def align(config: RLConfig, student_folder: Path, out: Path, resume: bool, best:
     ema: EMA[Any] = EMA(part, config.ema, blank_part)
     stateful: dict[str, Any] = {"student": part, "optimizer": optimizer, "ema": ema}
     matching = auxiliary_update = None
-    if config.anchor > 0:
-        teacher, auxiliary = scores
+    if anchored:
+        (teacher,), auxiliary = teachers, anchored[1]
+        world.shard(auxiliary)
         matching = ScoreMatching(teacher, student, auxiliary, base.student, config.gsim, model.schedule)
-        auxiliary_part = own_part(auxiliary, base.network)
         auxiliary_optimizer = torch.optim.Adam(
-            auxiliary_part.parameters(), config.gsim.auxiliary_lr, betas=(0.0, 0.999), fused=True
+            auxiliary.parameters(), config.gsim.auxiliary_lr, betas=(0.0, 0.999), fused=True
         )
-        auxiliary_update = Update("auxiliary", auxiliary_part, auxiliary_optimizer, config, world)
-        stateful |= {"auxiliary": auxiliary_part, "auxiliary_optimizer": auxiliary_optimizer}
+        auxiliary_update = Update("auxiliary", auxiliary, auxiliary_optimizer, config, world)
+        stateful |= {"auxiliary": auxiliary, "auxiliary_optimizer": auxiliary_optimizer}
     algorithms = {"gradient": RewardGradient, "group": GroupGradient}
     algorithm = algorithms[config.algorithm](model, reward, config, base.network)
     folders = {"student": str(student_folder), "classifier": config.classifier, "judge": config.judge}
@@ -230,13 +231,15 @@ def align(config: RLConfig, student_folder: Path, out: Path, resume: bool, best:
         visible = visible.sort(dim=1).values
         noise_shape = (config.batch, masked_count, dim)
         watched: dict[str, Tensor] = {}
-        anchored, anchor = matching is not None, config.anchor_at(step)
+        anchor = config.anchor_at(step)
 
         # ---- roll out and score whole images
         rollouts = []
         for rows, _, weight in parts:
             with during(f"update {step + 1}"):
-                rollout = algorithm.rollout(batch[rows], update, weight, last=not anchored and rows is parts[-1].rows)
+                rollout = algorithm.rollout(
+                    batch[rows], update, weight, last=matching is None and rows is parts[-1].rows
+                )
             add_weighted(watched, weight, {"reward": rollout.rewards.mean()} | image_statistics(rollout.images))
             if config.hinge is not None:
                 add_weighted(watched, weight, {"above_hinge": (rollout.rewards >= config.hinge).float().mean()})
@@ -263,7 +266,7 @@ def align(config: RLConfig, student_folder: Path, out: Path, resume: bool, best:
         for _ in range(config.inner_updates if config.algorithm == "group" else 1):
             update_watched: dict[str, Tensor] = {}
             for rollout, (_, _, weight) in zip(rollouts, parts, strict=True):
-                values = algorithm.backward(rollout, update, weight, last=not anchored and rollout is rollouts[-1])
+                values = algorithm.backward(rollout, update, weight, last=matching is None and rollout is rollouts[-1])
                 add_weighted(update_watched, weight, values)
             if matching is not None:
                 z, t, eps = draw_noise(*noise_shape, config.gsim.t_range, g)
