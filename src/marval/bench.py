@@ -200,7 +200,8 @@ def seconds_per_image(models: Mapping[str, Pipeline], batch: int, repeats: int =
     batches = {
         name: functools.partial(time_batch, model, model.settings(), batch) for name, model in models.items()
     }  # fmt: skip
-    return {name: statistics.median(times) / batch for name, times in times_in_turn(batches, repeats).items()}
+    times = times_in_turn(batches, repeats, f"batch {batch}")
+    return {name: statistics.median(values) / batch for name, values in times.items()}
 
 
 def median_and_spread(values: list[float]) -> tuple[float, float]:

@@ -45,7 +45,7 @@ def digits_student() -> DistillConfig:
     """
     return DistillConfig(
         steps=600, batch=64, ema=0.99, save_every=200, sample_every=300,
-        student=StudentConfig(guidance=2.0, guidance_range=(1.0, 3.0)), gsim=GSIMConfig(lr=2e-4, auxiliary_lr=4e-4),
+        student=StudentConfig(guidance=2.0, guidance_range=(1.0, 3.0)), gsim=GSIMConfig(lr=2e-4, auxiliary_lr=8e-4),
     )  # fmt: skip
 
 
@@ -84,7 +84,7 @@ def fashion_mnist_student() -> DistillConfig:
     return DistillConfig(
         data="data/fashion-mnist.npz", steps=3000, batch=64, ar_steps=16, ema=0.995, precision="bf16", save_every=100,
         sample_every=500, student=StudentConfig(guidance=1.5, guidance_range=(1.0, 3.0)),
-        gsim=GSIMConfig(lr=3e-4, auxiliary_lr=6e-4),
+        gsim=GSIMConfig(lr=3e-4, auxiliary_lr=1.2e-3),
     )  # fmt: skip
 
 
@@ -141,7 +141,7 @@ def pictures_student_on_cpu(data: str) -> DistillConfig:
     """The same on a CPU core."""
     return dataclasses.replace(
         pictures_student(data), steps=4_500, batch=64, ema=0.995, warmup=20, save_every=100, sample_every=500,
-        log_every=20, precision="bf16", gsim=GSIMConfig(lr=3e-4, auxiliary_lr=6e-4),
+        log_every=20, precision="bf16", gsim=GSIMConfig(lr=3e-4, auxiliary_lr=1.2e-3),
     )  # fmt: skip
 
 
