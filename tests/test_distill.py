@@ -89,6 +89,7 @@ def test_every_setting_changes_the_run(tmp_path: Path):
     """Each differs from the same run without it, and none breaks."""
     variants = {
         "plain": {},
+        "everything": {"trained": "all"},
         "rollout": {"rollout": 1.0},
         "training": {"mask_ratios": "training"},
         "auxiliary": {"gsim": GSIMConfig(auxiliary_updates=2)},

@@ -130,8 +130,8 @@ disconnect()
 
 
 def whole_networks(out: Path, student: Path, classifier: Path) -> None:
-    """Two updates of RL, of everything and of adapters, with its anchor."""
-    for trained in ("all", "lora"):
+    """Two updates of RL, of the head, of everything and of adapters, with its anchor."""
+    for trained in ("head", "all", "lora"):
         config = RLConfig(
             trained=trained, steps=2, batch=BATCH, ar_steps=2, classifier=str(classifier), log_every=1, sample_every=0,
             eval_every=2, eval_images=10, range_seeds=2, device="cpu",
@@ -140,15 +140,19 @@ def whole_networks(out: Path, student: Path, classifier: Path) -> None:
 
 
 def test_rl_of_everything_and_of_adapters(tmp_path: Path):
-    """Two processes are one, whatever part of the network is trained."""
-    folders = {"student": str(tiny.student()), "classifier": str(tiny.classifier()), "here": str(HERE)}
-    whole_networks(tmp_path / "one", tiny.student(), tiny.classifier())
+    """Two processes are one, whatever part of a student that was distilled whole is trained."""
+    student = tmp_path / "student"
+    distill(DistillConfig(steps=2, batch=BATCH, ar_steps=2, sample_every=0), tiny.teacher(), student)
+    folders = {"student": str(student), "classifier": str(tiny.classifier()), "here": str(HERE)}
+    whole_networks(tmp_path / "one", student, tiny.classifier())
     (tmp_path / "two.py").write_text(RL_WORK.format(out=str(tmp_path / "two"), **folders))
     torchrun(2, tmp_path / "two.py")
-    start = load_file(tiny.student() / "model.safetensors")
-    for trained in ("all", "lora"):  # what was trained, which need not be better than the start and then is not shipped
+    start = load_file(student / "model.safetensors")
+    for trained in ("head", "all", "lora"):  # what was trained, not what is shipped: that may be the start
         one, two = (load_state(tmp_path / name / trained / "checkpoint.pt")["student"] for name in ("one", "two"))
         assert one.keys() == two.keys()
+        if trained == "head":
+            one, two = ({f"head.{name}": value for name, value in state.items()} for state in (one, two))
         moved, apart = torch.zeros(2, dtype=torch.float64)
         for name, value in one.items():
             if name in start or name.endswith(".up"):  # these start at zero

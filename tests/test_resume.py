@@ -10,6 +10,7 @@ import pytest
 import tiny
 
 from marval.__main__ import main
+from marval.checkpoint import load_state, save_state
 
 COMMON = ["--steps", 40, "--batch", 16, "--save-every", 8, "--log-every", 1, "--sample-every", 0]
 MODEL = ["--model.width", 32, "--model.depth", 1, "--model.heads", 2, "--model.head-width", 32, "--model.dropout", 0.2]
@@ -105,3 +106,14 @@ def test_resume_of_a_run_that_stopped_early_changes_nothing(tmp_path: Path):
 def test_resume_without_a_run_starts_one(tmp_path: Path):
     main([*command("train", tmp_path / "run"), "--resume"])
     same(tmp_path / "run", finished("train"))
+
+
+def test_a_checkpoint_of_another_version(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """As of the first marval, whose auxiliary had a backbone: one line that names the file."""
+    shutil.copytree(finished("distill"), tmp_path / "run")
+    file = tmp_path / "run" / "checkpoint.pt"
+    state = load_state(file)
+    state["auxiliary"] = state["student"]
+    save_state(file, state)
+    line = tiny.refused(capsys, *command("distill", tmp_path / "run"), "--resume")
+    assert f"{file}: the weights of its auxiliary have other names than this version's" in line

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -432,13 +433,22 @@ def test_classifier_reward_and_judge(tmp_path: Path):
     assert watched < tiny.metrics(tmp_path / "run")[1].keys()
 
 
-def test_a_student_of_a_range_of_guidance(file: Path, tmp_path: Path):
+@pytest.mark.parametrize("trained", ["head", "all"])
+def test_a_student_of_a_range_of_guidance(trained: Literal["head", "all"], file: Path, tmp_path: Path):
+    """Its head or all of it distilled: RL trains the head, anchored, beside its teacher, and leaves the backbone."""
     student = StudentConfig(guidance=1.5, guidance_range=(1.0, 3.0))
-    config = DistillConfig(steps=2, batch=8, ar_steps=4, sample_every=0, student=student)
+    config = DistillConfig(trained=trained, steps=2, batch=8, ar_steps=4, sample_every=0, student=student)
     distill(config, tiny.teacher(), tmp_path / "student")
     changed = dataclasses.replace(CONFIG, steps=2, anchor=1.0, reward=f"{file}:brightness")
     model = rl(changed, tmp_path / "student", tmp_path / "aligned")
     assert model.student == student
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("student", "aligned"))
+    assert {name for name in before if not torch.equal(before[name], after[name])} <= {
+        name for name in before if name.startswith("head.")
+    }
+    scores = [load_file(tmp_path / name / "scores.safetensors") for name in ("student", "aligned")]
+    assert scores[0].keys() == scores[1].keys()
+    assert ("teacher.mask_token" in scores[1]) == (trained == "all")
     assert model.sample([1], guidance=2.0).shape == (1, 8, 8, 1)
     group = {"algorithm": "group", "reward": f"{file}:black_box", "precision": "bf16"}
     assert rl(dataclasses.replace(changed, **group), tmp_path / "student", tmp_path / "group").student == student

@@ -131,14 +131,18 @@ def needed(value: Path | None, flag: str) -> Path:
 def plan(verb: Any, recipe: str, config: Any, folder: Path | None, processes: int) -> None:
     """Print what a run needs that starts from the model in the folder, or from what the recipe says."""
     from marval import dryrun, recipes
+    from marval.checkpoint import tensor_shapes
     from marval.pipeline import read_config
 
     if folder is None:
         sizes, student, pixels = recipes.sizes(recipe, config), None, None
+        whole = verb == "rl" and recipes.DISTILL[recipe]().trained == "all"
     else:
         sizes, student, made = read_config(folder)
-        pixels = made["tokenizer"]["kind"] == "pixels"
-    print(dryrun.table(dryrun.plan(verb, config, sizes, processes, student=student, pixels=pixels)))
+        pixels, scores = made["tokenizer"]["kind"] == "pixels", folder / "scores.safetensors"
+        whole = verb == "rl" and scores.exists() and "teacher.mask_token" in tensor_shapes(scores)
+    planned = dryrun.plan(verb, config, sizes, processes, student=student, whole_teacher=whole, pixels=pixels)
+    print(dryrun.table(planned))
 
 
 def quickstart_verb(args: list[str]) -> None:

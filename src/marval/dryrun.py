@@ -187,10 +187,12 @@ def _with_looks(
     }  # fmt: skip
 
 
-def _rl(config: RLConfig, model: MARConfig, share: _Share, decoder: Decoder, student: StudentConfig) -> dict[str, Any]:
+def _rl(
+    config: RLConfig, model: MARConfig, share: _Share, decoder: Decoder, student: StudentConfig, whole_teacher: bool
+) -> dict[str, Any]:
     base = _frozen(model, student.guidance_range is not None)
     length, schedule, count = model.num_tokens, cosine_schedule(), share.part
-    matching, updates, ema = _matching(base, config, student)
+    matching, updates, ema = _matching(base, config, student, whole_teacher)
     network, update = matching.student, updates[0]
     decode = decoder[1]
     reward, held_out = scorers([config.reward]), scorers(listed(config.held_out))
@@ -260,9 +262,9 @@ def _rl(config: RLConfig, model: MARConfig, share: _Share, decoder: Decoder, stu
     notes = [*reward.notes, *held_out.notes]
     if config.judge or config.features or config.classifier:
         notes.append("judge, classifier and the network of --features are not counted")
-    if config.anchor > 0 and config.trained != "head":
-        how = "whole, as of a student of --trained all" if config.trained == "all" else "as a head on its backbone"
-        notes.append(f"the teacher of the student is counted {how}")
+    if config.anchor > 0:
+        how = "whole" if whole_teacher else "as a head on the student's backbone"
+        notes.append(f"the student's teacher is counted {how}")
     return {
         **state, "between": max(state["between"], looked.peak, watched.peak), "notes": notes,
         "looks": looks * (plain.operations + watched.operations) / count,
@@ -323,7 +325,7 @@ def _inputs(model: MARConfig, count: int, num_masked: int) -> tuple[Tensor, Tens
 
 
 def _matching(
-    base: MAR, config: DistillConfig | RLConfig, student_config: StudentConfig
+    base: MAR, config: DistillConfig | RLConfig, student_config: StudentConfig, whole_teacher: bool = False
 ) -> tuple[ScoreMatching, list[Update], EMA[Any]]:
     """Student and auxiliary of a frozen teacher, as `marval.distill` makes them; their updates; the average."""
     guidance_input = student_config.guidance_range is not None
@@ -337,7 +339,7 @@ def _matching(
     teacher = base
     if isinstance(config, RLConfig):  # the base is the student's start; the teacher has a head, or all, of its own
         teacher = _frozen(base.config)
-        teacher = teacher if config.trained == "all" else with_head(base, teacher.head)
+        teacher = teacher if whole_teacher else with_head(base, teacher.head)
     matching = ScoreMatching(teacher, student, auxiliary, student_config, config.gsim, cosine_schedule())
     updates = []
     for name, part in (("student", adapters or own_part(student, base)), ("auxiliary", auxiliary)):
@@ -361,7 +363,8 @@ def _matching_work(
         w = _zeros(count, 1)
         with torch.no_grad(), autocast(config, ALONE.device):
             contexts = [matching.context(tokens, visible, masked, labels, w) for _ in range(share.parts)]
-        others = _zeros(kept - share.parts, *contexts[0].teacher.shape, 2)  # contexts of the parts not tried
+        kinds = 2 + (contexts[0].student is not contexts[0].teacher)  # of conditions
+        others = _zeros(kept - share.parts, *contexts[0].teacher.shape, kinds)  # contexts of the parts not tried
         z, eps = _zeros(2, share.total, num_masked, model.token_dim)
         t = _zeros(share.total, num_masked, dtype=torch.long)
         noise = (z[:count], t[:count], eps[:count])
@@ -463,7 +466,8 @@ def _state(
 
 def plan(
     verb: Verb, config: Any, model: MARConfig, processes: int = 1, *, student: StudentConfig | None = None,
-    pixels: bool | None = None, images_per_epoch: int | None = None, this_machine: bool = True,
+    whole_teacher: bool = False, pixels: bool | None = None, images_per_epoch: int | None = None,
+    this_machine: bool = True,
 ) -> dict[str, Any]:  # fmt: skip
     """What a run with these settings needs; takes seconds and no memory worth mentioning.
 
@@ -472,6 +476,7 @@ def plan(
         model: sizes of the MAR, with the data's grid, token_dim and num_classes.
         processes: of torchrun; with ``config.shard`` weights, gradients, optimizer and average are divided by it.
         student: of the model that `rl` starts from or `evaluate` measures; None there is a teacher (`rl`: the default).
+        whole_teacher: the teacher of the student that `rl` starts from has a backbone of its own (distilled whole).
         pixels: the tokens are patches of pixels, as the tokenizer of a model's folder says. None: those of 16 channels
             are (grey 4x4 patches, as of the recipe fashion-mnist), but for ImageNet's 1,000 classes (imagenet256-*).
         images_per_epoch: training images; 1,281,167 by default if the classes are ImageNet's.
@@ -505,7 +510,7 @@ def plan(
         elif verb == "distill":
             found = _distill(settings, still, share, decoder)
         elif verb == "rl":
-            found = _rl(settings, still, share, decoder, student or StudentConfig())
+            found = _rl(settings, still, share, decoder, student or StudentConfig(), whole_teacher)
         else:
             found = _evaluate(settings, model, share, decoder, student)
     memory, sharded = found["memory"], bool(getattr(config, "shard", False)) and processes > 1

@@ -11,7 +11,8 @@ and d a distance with gradient d'(y), the losses of a token are
     student      L = -d'(y)^T (eps - eps_phi(x_t, c)) + lambda d(y)
     auxiliary    |eps - eps_phi(x_t, c)|^2                              on detached student samples
 
-The student's gradient flows through x_t into both head evaluations; the conditions carry none (`marval.distill`).
+The student's gradient flows through x_t into both head evaluations. The condition c of each is its own backbone's, and
+those of teacher and auxiliary carry no gradient; the auxiliary has the student's (`marval.matching`).
 With the squared distance the student loss is SiD's (Zhou et al. 2024) at alpha = 1 - lambda / 2, in noise units.
 """
 

@@ -119,6 +119,7 @@ class ScoreMatching:
         self.teacher, self.student, self.auxiliary = teacher, student, auxiliary
         self.student_config, self.config, self.schedule = student_config, config, schedule
         self.distance = gsim.DISTANCES[config.distance]
+        self.backbone_moves = any(p.requires_grad for p in student.backbone_parameters())
 
     def context(self, tokens: Tensor, visible: Tensor, masked: Tensor, labels: Tensor, w: Tensor) -> Context:
         """Masked tokens (B, N) given visible ones (B, V) and classes (B,), with their conditions."""
@@ -126,15 +127,13 @@ class ScoreMatching:
         with torch.no_grad():
             both = self.teacher.condition(tokens.repeat(2, 1, 1), visible.repeat(2, 1), torch.cat([labels, null]))
             teacher, teacher_null = gather_tokens(both, masked.repeat(2, 1)).chunk(2)
-            context = Context(tokens, visible, masked, labels, w, teacher, teacher_null, teacher)
-            context.student = self.condition(context)
-        return context
+            shared = self.student.class_emb is self.teacher.class_emb
+            student = teacher if shared else self.condition(tokens, visible, masked, labels)
+        return Context(tokens, visible, masked, labels, w, teacher, teacher_null, student)
 
-    def condition(self, context: Context) -> Tensor:
-        """Conditions (B, N, E) of the masked tokens under the student; the teacher's on a shared backbone."""
-        if self.student.class_emb is self.teacher.class_emb:
-            return context.teacher
-        return gather_tokens(self.student.condition(context.tokens, context.visible, context.labels), context.masked)
+    def condition(self, tokens: Tensor, visible: Tensor, masked: Tensor, labels: Tensor) -> Tensor:
+        """Conditions (B, N, E) of the masked tokens under the student."""
+        return gather_tokens(self.student.condition(tokens, visible, labels), masked)
 
     def draw_guidance(self, count: int, generator: torch.Generator) -> Tensor:
         """(count, 1) the fixed scale, or U[low, high] for a student that takes it as an input."""
@@ -162,18 +161,21 @@ class ScoreMatching:
         with torch.no_grad():
             x_t = q_sample(self.schedule, self.generate(context, z, context.student), t, eps)
         loss = gsim.auxiliary_loss(self.eps_auxiliary(context, x_t, t, context.student), eps).mean()
-        return loss, {"auxiliary_loss": loss}
+        return loss, {"auxiliary_loss": loss.detach()}
 
     def student_loss(self, context: Context, z: Tensor, t: Tensor, eps: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """GSIM: the gradient flows through x_t into both head evaluations. A scalar, and what to watch."""
-        condition = self.condition(context)
+        condition = context.student
+        if self.backbone_moves:  # the same numbers, with their gradient
+            condition = self.condition(context.tokens, context.visible, context.masked, context.labels)
         x0 = self.generate(context, z, condition)
         x_t = q_sample(self.schedule, x0, t, eps)
         eps_teacher = self.eps_teacher(context, x_t, t)
         eps_auxiliary = self.eps_auxiliary(context, x_t, t, condition.detach())
         loss = gsim.student_loss(eps_teacher, eps_auxiliary, eps, self.config.lam, self.distance).mean()
         y = (eps_teacher - eps_auxiliary).detach().norm(dim=-1).mean()
-        return loss, {"student_loss": loss, "y": y, "token_mean": x0.detach().mean(), "token_std": x0.detach().std()}
+        drawn = {"token_mean": x0.detach().mean(), "token_std": x0.detach().std()}
+        return loss, {"student_loss": loss.detach(), "y": y, **drawn}
 
     def scores(self) -> dict[str, Tensor]:
         """What `load_scores` reads: the auxiliary, and what the teacher does not share with the student."""

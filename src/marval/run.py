@@ -148,6 +148,9 @@ class Run:
         if (self.out / "checkpoint.pt").exists():
             state = load_state(self.out / "checkpoint.pt")
             for name, target in stateful.items():
+                if isinstance(target, nn.Module) and state[name].keys() != target.state_dict().keys():
+                    what = f"the weights of its {name} have other names than this version's"
+                    raise ValueError(f"{self.out / 'checkpoint.pt'}: {what}: go on with the version that wrote it")
                 restore(target, state[name])
             extra.update(state["extra"])
             step = state["step"]

@@ -75,7 +75,7 @@ def teacher_loss(
     x_t = q_sample(schedule, x0, t, eps)
     mse, vb = denoising_loss(schedule, network.head(x_t, t, condition.unsqueeze(2)), x0, x_t, t, eps)
     loss = (mse + vb).mean()
-    return loss, {"loss": loss, "mse": mse.mean(), "vb": vb.mean()}
+    return loss, {"loss": loss.detach(), "mse": mse.detach().mean(), "vb": vb.detach().mean()}
 
 
 def draw_masks(count: int, length: int, num_masked: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

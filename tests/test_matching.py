@@ -1,0 +1,87 @@
+"""GSIM on contexts: which gradients flow, which conditions each network sees, and what is kept for RL."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.testing import assert_close
+
+from marval.checkpoint import save_tensors
+from marval.config import GSIMConfig, StudentConfig
+from marval.diffusion import cosine_schedule
+from marval.matching import Context, ScoreMatching, copy_head, copy_network, draw_noise, load_scores
+from marval.pipeline import Pipeline
+from marval.rng import generator
+from marval.train import draw_masks
+
+Noise = tuple[Tensor, Tensor, Tensor]
+
+
+def made(trained: str) -> tuple[ScoreMatching, Context, Noise]:
+    """Losses of a student whose networks were moved apart, on a context with half of the tokens masked."""
+    g = generator(0)
+    teacher = Pipeline.load(tiny.teacher()).network.requires_grad_(False)
+    student, auxiliary = copy_network(teacher, trained, True), copy_head(teacher, True)
+    with torch.no_grad():
+        for parameter in (*student.parameters(), *auxiliary.parameters()):
+            if parameter.requires_grad:
+                parameter += 0.02 * torch.randn(parameter.shape, generator=g)
+    scores = ScoreMatching(teacher, student, auxiliary, StudentConfig(), GSIMConfig(), cosine_schedule())
+    length, dim = student.config.num_tokens, student.config.token_dim
+    visible, masked = draw_masks(4, length, length // 2, g)
+    tokens = torch.randn(4, length, dim, generator=g).clamp(-1, 1)
+    context = scores.context(tokens, visible, masked, torch.arange(4), torch.full((4, 1), 1.5))
+    return scores, context, draw_noise(4, length // 2, dim, (20, 900), g)
+
+
+@pytest.mark.parametrize("trained", ["head", "all"])
+def test_each_loss_moves_its_own_network(trained: str, monkeypatch: pytest.MonkeyPatch):
+    """The auxiliary's loss gives the student nothing; the student's takes the auxiliary's condition as constant."""
+    scores, context, noise = made(trained)
+    own = [p for p in scores.student.parameters() if p.requires_grad]
+    scores.auxiliary_loss(context, *noise)[0].backward()
+    assert all(p.grad is None for p in own)
+    assert all(p.grad is not None for p in scores.auxiliary.parameters())
+
+    loss = scores.student_loss(context, *noise)[0]
+    gradients = torch.autograd.grad(loss, own)
+    plain = scores.eps_auxiliary
+    monkeypatch.setattr(scores, "eps_auxiliary", lambda c, x_t, t, _: plain(c, x_t, t, context.student))
+    for found, expected in zip(
+        gradients, torch.autograd.grad(scores.student_loss(context, *noise)[0], own), strict=True
+    ):
+        assert_close(found, expected)
+    assert all(p.grad is None for p in scores.teacher.parameters())
+
+
+def test_the_auxiliary_sees_the_students_conditions():
+    scores, context, _ = made("all")
+    assert_close(context.student, scores.condition(context.tokens, context.visible, context.masked, torch.arange(4)))
+    assert not torch.allclose(context.student, context.teacher, atol=1e-2)
+    assert not context.student.requires_grad
+    shared = made("head")[1]
+    assert shared.student is shared.teacher
+
+
+@pytest.mark.parametrize("trained", ["head", "all"])
+def test_scores_of_this_version_and_of_before(trained: str, tmp_path: Path):
+    """Teacher and auxiliary come back; of an auxiliary with a backbone, as marval 0.1 first stored it, the head."""
+    scores, _, _ = made(trained)
+    tensors: dict[str, Any] = scores.scores()
+    backbone = {
+        f"auxiliary.{name}": x.clone() for name, x in scores.teacher.state_dict().items() if name[:5] != "head."
+    }
+    for before in ({}, backbone):
+        save_tensors(tmp_path / "scores.safetensors", tensors | before)
+        assert load_file(tmp_path / "scores.safetensors").keys() == {*tensors, *before}
+        teacher, auxiliary = load_scores(tmp_path, scores.student, True)
+        assert (teacher.class_emb is scores.student.class_emb) == (trained == "head")
+        for found, expected in ((teacher, scores.teacher), (auxiliary, scores.auxiliary)):
+            ours = expected.state_dict()
+            assert all(torch.equal(x, ours[name]) for name, x in found.state_dict().items())
+        assert not any(p.requires_grad for p in teacher.head.parameters())
+        assert all(p.requires_grad for p in auxiliary.parameters())
