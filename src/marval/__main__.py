@@ -262,7 +262,7 @@ def bench_verb(args: list[str]) -> None:
             model: Folder of a student (its teacher's head is in it), or of a teacher (timed as its own student).
             batch: Batch sizes, comma-separated.
             json: File for the results.
-            repeats: Batches timed after a warm-up; medians are reported.
+            repeats: Rounds timed after a warm-up, of a batch or more each; medians are reported.
             ar_steps: Numbers of AR steps K, comma-separated; the model's default if left out.
             head_steps: Denoising steps of the teacher's inner chain.
             refresh_every: AR steps from one full pass of the backbone to the next; 1 is exact.

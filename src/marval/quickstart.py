@@ -47,7 +47,7 @@ class QuickstartConfig:
     num_images: int = 5000
     """Images drawn from each model for its numbers."""
     latency_repeats: int = 10
-    """Batches timed for each latency, after a warm-up; the median counts."""
+    """Rounds timed for each latency, after a warm-up; the median batch counts."""
     classifier_epochs: int = 20
     """Epochs of the two classifiers."""
     train: TrainConfig = field(default_factory=recipes.digits_teacher)
@@ -191,7 +191,7 @@ def measure(
             "another architecture and seed, never trained on, but it chose the aligned model's update, on other "
             "seeds); accuracy: the share of images read as the asked class, "
             "by the classifier and by the judge; reward: the classifier's mean log-probability of the asked class; "
-            f"latency: median of {repeats} batches (batch 256: {max(1, repeats // 5)}) after a warm-up, the models in "
+            f"latency: median over {repeats} rounds (batch 256: {max(1, repeats // 5)}) after a warm-up, the models in "
             f"turn (marval.bench.times_in_turn), float32, whole images, teacher with "
             f"{models['teacher'].sampling.head_steps} "
             f"{models['teacher'].sampling.solver} steps, the same number of AR steps for all; floor: one half of the "

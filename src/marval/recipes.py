@@ -6,7 +6,7 @@ share is an assumption; we have not run them.
 
 Those of small colour pictures come in two sizes: `cifar10`, `imagenette64` and `emoji` are meant for one modern GPU, by
 our guess 20 minutes for a teacher and 8 for its student, and have not been run; the same with `-cpu` for one CPU core.
-They save often and a teacher's checkpoint.pt takes 16 bytes per parameter, about 40 MB (a student's 28 bytes), so a run
+They save often and a teacher's checkpoint.pt takes 16 bytes per parameter, about 40 MB (a student's 20 to 24), so a run
 can be cut into pieces of a few minutes, on different machines: go on with --resume.
 """
 
