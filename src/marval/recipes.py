@@ -79,7 +79,7 @@ def fashion_mnist_student() -> DistillConfig:
 
     The head alone would not see what guidance depends on (docs/LOG.md, 2026-11-25). FID (as the teacher's, other seeds)
     9.0, accuracy 92.0 %, in 25 minutes on one CPU core beside other work, with --compile (2026-11-26, docs/LOG.md).
-    ``fashion-mnist/student``, made while the auxiliary had a backbone of its own, has 8.6 on these seeds, in 38 minutes.
+    ``fashion-mnist/student``, whose auxiliary had a backbone of its own, has 8.6 on these seeds and took 38 minutes.
     """
     return DistillConfig(
         data="data/fashion-mnist.npz", steps=3000, batch=64, ar_steps=16, ema=0.995, precision="bf16", save_every=100,
@@ -201,8 +201,8 @@ def latents_student_on_cpu(data: str) -> DistillConfig:
 
 
 def cifar10_cpu_student() -> DistillConfig:
-    """One-step student of the `cifar10-cpu` teacher. The one of docs/results.md took 34 minutes beside two other processes
-    (2026-11-25), with an auxiliary that had a backbone of its own.
+    """One-step student of the `cifar10-cpu` teacher. That of docs/results.md, whose auxiliary had a backbone of its own,
+    took 34 minutes beside two other processes (2026-11-25).
     """
     return latents_student_on_cpu("data/cifar10-latents")
 
@@ -255,7 +255,8 @@ def imagenette64_student() -> DistillConfig:
 
 
 def imagenette64_cpu_student() -> DistillConfig:
-    """One-step student of the `imagenette64-cpu` teacher, on one CPU core: 52 minutes, as its teacher's 71."""
+    """One-step student of the `imagenette64-cpu` teacher, on one CPU core: 52 minutes, with an auxiliary that had a
+    backbone of its own, beside its teacher's 71."""
     return dataclasses.replace(pictures_student_on_cpu("data/imagenette64-latents"), steps=3_000)
 
 
