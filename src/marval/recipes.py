@@ -201,8 +201,8 @@ def latents_student_on_cpu(data: str) -> DistillConfig:
 
 
 def cifar10_cpu_student() -> DistillConfig:
-    """One-step student of the `cifar10-cpu` teacher. That of docs/results.md, whose auxiliary had a backbone of its own,
-    took 34 minutes beside two other processes (2026-11-25).
+    """One-step student of the `cifar10-cpu` teacher. That of docs/results.md, with another auxiliary (docs/LOG.md,
+    2026-11-26), took 34 minutes beside two other processes.
     """
     return latents_student_on_cpu("data/cifar10-latents")
 
