@@ -30,7 +30,7 @@ def test_every_stage(suite, tmp_path, capsys):
         assert stages[f"tiny {verb}"]["tokens_per_second"] > 0
         assert stages[f"tiny {verb}"]["operations_per_update"] > 0
     most, least = (stages[f"tiny distill {part}"]["operations_per_update"] for part in ("all", "head"))
-    assert most > 1.5 * least
+    assert most > 1.3 * least
     assert stages["same tokens, bf16"]["errors"]["student"]["median"] < 0.05
 
 
