@@ -71,8 +71,8 @@ def work_in(processes: int, out: Path, **how: object) -> None:
     file = out.with_suffix(".py")
     file.write_text(
         f"import sys\nfrom pathlib import Path\nsys.path.insert(0, {str(HERE)!r})\n"
-        "from test_distributed import work\nfrom marval.distributed import disconnect\n"
-        f"work(*map(Path, {folders!r}), **{how!r})\ndisconnect()\n"
+        "from test_distributed import work\n"
+        f"work(*map(Path, {folders!r}), **{how!r})\n{tiny.LEAVE}"
     )
     torchrun(processes, file)
 
@@ -118,15 +118,16 @@ def test_loops(processes: int, how: dict[str, object], alone: Path, tmp_path: Pa
     same(alone, tmp_path / "many")
 
 
-RL_WORK = """
+RL_WORK = (
+    """
 import sys
 from pathlib import Path
 sys.path.insert(0, {here!r})
 from test_distributed import whole_networks
-from marval.distributed import disconnect
 whole_networks(Path({out!r}), Path({student!r}), Path({classifier!r}))
-disconnect()
 """
+    + tiny.LEAVE
+)
 
 
 def whole_networks(out: Path, student: Path, classifier: Path) -> None:

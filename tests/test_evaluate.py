@@ -362,21 +362,22 @@ def test_an_interrupted_evaluation_goes_on(tmp_path: Path, monkeypatch: pytest.M
         evaluate_folder(tiny.student(), out, settings, resume=True)
 
 
-WORK = """
+WORK = (
+    """
 import sys
 sys.path.insert(0, {tests!r})
 from pathlib import Path
 from marval import reference
 from marval.config import EvaluateConfig
-from marval.distributed import disconnect
 from marval.evaluate import evaluate_folder
 reference.CHUNK = 10
 config = EvaluateConfig(
     reference="digits", num_images=25, features={features!r}, ar_steps="2", device="cpu", batch=6, shard={shard}
 )
 evaluate_folder(Path({model!r}), Path({out!r}), config, png=Path({png!r}))
-disconnect()
 """
+    + tiny.LEAVE
+)
 
 
 @pytest.mark.usefixtures("small_chunks")

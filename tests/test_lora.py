@@ -110,8 +110,8 @@ def test_adapters_split_over_two_processes_are_those_of_one(tmp_path: Path):
     script = tmp_path / "two.py"
     script.write_text(
         f"import sys\nfrom pathlib import Path\nsys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-        "from test_lora import work\nfrom marval.distributed import disconnect\n"
-        f"work(*map(Path, {[str(tmp_path / 'two'), *folders]!r}), shard=True)\ndisconnect()\n"
+        "from test_lora import work\n"
+        f"work(*map(Path, {[str(tmp_path / 'two'), *folders]!r}), shard=True)\n{tiny.LEAVE}"
     )
     torchrun(2, script)
     rows = [tiny.metrics(tmp_path / name) for name in ("one", "two")]

@@ -27,6 +27,14 @@ from marval.train import train
 
 MODEL = MARConfig(width=32, depth=1, heads=2, buffer_size=2, head_width=32, head_depth=1)
 SAMPLING = SamplingConfig(ar_steps=4, head_steps=10, solver="ddim")
+LEAVE = """
+import os
+from marval.distributed import disconnect
+disconnect()
+sys.stdout.flush()
+os._exit(0)
+"""
+"""Last lines of a script that torchrun runs in several processes; it has imported sys."""
 _root = tempfile.TemporaryDirectory(prefix="marval-tests-")
 atexit.register(_root.cleanup)
 

@@ -482,7 +482,10 @@ def main(argv: list[str] | None = None) -> None:
         raise
     finally:
         if "marval.distributed" in sys.modules:
-            sys.modules["marval.distributed"].disconnect(failure)
+            several = sys.modules["marval.distributed"].disconnect(failure)
+            if several and failure is None:
+                sys.stderr.flush()
+                os._exit(0)  # see disconnect
 
 
 if __name__ == "__main__":

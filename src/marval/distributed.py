@@ -236,11 +236,15 @@ def connect(device: str = "auto", shard: bool = False) -> World:
     return World(rank, size, torch.device(device), shard)
 
 
-def disconnect(error: BaseException | None = None) -> None:
-    """Leave the process group that `connect` joined; an error is passed on to the others, and ends them."""
+def disconnect(error: BaseException | None = None) -> bool:
+    """Leave the process group that `connect` joined; an error is passed on to the others, and ends them.
+
+    Returns whether there was one. PyTorch's caches may keep the group and its threads, which abort about one process
+    in 300 while its interpreter ends: end with ``os._exit``, as the command line does.
+    """
     global _watch
     if _watch is None:
-        return
+        return False
     watch, _watch = _watch, None
     if error is None:
         watch.sign("done")
@@ -250,3 +254,4 @@ def disconnect(error: BaseException | None = None) -> None:
     watch.leave(error)
     if error is None:
         dist.destroy_process_group()
+    return True
