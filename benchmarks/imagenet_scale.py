@@ -461,7 +461,11 @@ def benchmark(
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Run all stages; ``out`` is written after each. ``call`` a stage in a new process, and ``each`` of the plans.
 
-    If stages run ``again``, those before them run too, but only the rows of the former are replaced in ``out``.
+    If stages run ``again``, those before them run too, but only the rows of the former are replaced in ``out``, and
+    only by what could be measured.
+
+    Returns:
+        The rows of ``out``, and errors of stages that ran again.
     """
     rate = call(matmul_rate)
     about: dict[str, Any] = {
@@ -469,9 +473,11 @@ def benchmark(
         "memory_limit": LIMIT if device == "cuda" else None,
     }  # fmt: skip
     rows: list[dict[str, Any]] = []
+    failed: list[dict[str, Any]] = []
+    replaced: set[tuple[str, str]] = set()
     if again:
         about = read_json(out)
-        rows = [row for row in about.pop("rows") if row["size"] not in sizes or row["stage"] not in again]
+        rows = about.pop("rows")
     for size in sizes:
         with tempfile.TemporaryDirectory(prefix="marval-scale-") as folder:
             call(write_files, Case(size, device, Path(folder)), images, kl16_keys, 4 if device == "cpu" else 16)
@@ -486,12 +492,16 @@ def benchmark(
                 print(table([row]).splitlines()[-1], flush=True)
                 if case.stage == "import-mar":  # room on the disk
                     (Path(folder) / "checkpoint-last.pth").unlink()
-                if again and case.stage not in again:
+                if again and (case.stage not in again or "error" in row):
+                    failed += [row] if "error" in row else []
                     continue
+                if again and (size, case.stage) not in replaced:
+                    rows = [row for row in rows if (row["size"], row["stage"]) != (size, case.stage)]
+                    replaced.add((size, case.stage))
                 rows.append(row | ({"date": time.strftime("%Y-%m-%d")} if again else {}))
                 rows.sort(key=lambda row: (list(SIZES).index(row["size"]), list(STAGES).index(row["stage"])))
                 write_json(out, {**about, "rows": rows})
-    return rows
+    return rows + failed
 
 
 def main(words: list[str] | None = None) -> None:

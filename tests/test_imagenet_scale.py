@@ -82,6 +82,14 @@ def test_every_stage(scale, shared, tmp_path, monkeypatch):
     assert [row["stage"] for row in again if "date" in row] == ["rl"]
     assert [row for row in again if row["stage"] != "rl"] == [row for row in rows if row["stage"] != "rl"]
 
+    def fail(function: Any, *args: Any) -> Any:
+        if function is scale.measure and args[0].stage == "rl":
+            raise torch.OutOfMemoryError("no more")
+        return function(*args)
+
+    assert scale.benchmark(out, ["tiny"], "cpu", images, keys, fail, map, ("rl",))[-1]["error"].endswith("no more")
+    assert json.loads(out.read_text())["rows"] == again  # what had been measured stays
+
 
 def test_too_large_a_batch_gets_smaller(scale, tmp_path):
     asked = []
