@@ -86,18 +86,11 @@ class FeatureNetwork:
         return Features(**result)
 
     def class_indices(self, model_names: Sequence[str]) -> np.ndarray | None:
-        """Index of each of a model's classes among the network's, int64; None if it does not know them all.
-
-        Classes are found by name; ImageNet's also by WordNet id.
-        """
+        """Index of each of a model's classes among the network's, int64; None if it does not know them all."""
         if self.class_names is None:
             return None
-        known = {name: index for index, name in enumerate(self.class_names)}
-        if self.class_names == imagenet.names():
-            known = imagenet.index_of_wnid() | known
-        if not all(name in known for name in model_names):
-            return None
-        return np.array([known[name] for name in model_names], dtype=np.int64)
+        indices = imagenet.class_indices(self.class_names, model_names)
+        return None if indices is None else np.array(indices, dtype=np.int64)
 
 
 def load_features(spec: str, device: torch.device | str = "cpu", inception_weights: str = "") -> FeatureNetwork:

@@ -1,6 +1,7 @@
 """ImageNet's 1,000 classes: WordNet ids and English names, in the order of the class index of every public model."""
 
 import functools
+from collections.abc import Sequence
 from importlib import resources
 
 
@@ -23,6 +24,17 @@ def names() -> list[str]:
 def index_of_wnid() -> dict[str, int]:
     """Class index of each WordNet id, such as "n01443537" -> 1; the ids ascend."""
     return {wnid: index for index, (wnid, _) in enumerate(_classes())}
+
+
+def class_indices(known: Sequence[str], wanted: Sequence[str]) -> list[int] | None:
+    """Index of each wanted class among the known ones; None if one is missing.
+
+    Classes are found by name; ImageNet's 1,000 also by WordNet id.
+    """
+    index = {name: i for i, name in enumerate(known)}
+    if list(known) == names():
+        index = index_of_wnid() | index
+    return [index[name] for name in wanted] if all(name in index for name in wanted) else None
 
 
 def __getattr__(attribute: str) -> list[tuple[str, str]]:

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from marval.imagenet import class_indices
 from marval.models.blip import ImageReward
 from marval.models.clip import Clip
 from marval.models.quality import Brisque
@@ -284,10 +285,14 @@ def _load_one(
     if built_in is None:
         return UserReward(_import_function(spec))
     network = load_classifier(classifier, device)
-    if not set(class_names) <= set(network.class_names):
+    indices = class_indices(network.class_names, class_names)
+    if indices is None:
         ours, theirs = (", ".join(list(names)[:5]) for names in (class_names, network.class_names))
         raise ValueError(f"classifier {classifier} knows the classes {theirs}, but the model {ours}: train one on them")
-    return built_in(network, class_prompts(template, network.class_names))
+    asked = class_prompts(template, network.class_names)
+    for index, prompt in zip(indices, prompts, strict=True):
+        asked[index] = prompt  # the model's own name of the class
+    return built_in(network, asked)
 
 
 def score(reward: Reward, images: Tensor, prompts: list[str], first: int = 0) -> Tensor:
