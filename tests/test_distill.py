@@ -90,6 +90,7 @@ def test_every_setting_changes_the_run(tmp_path: Path):
     variants = {
         "plain": {},
         "everything": {"trained": "all"},
+        "network": {"trained": "all", "auxiliary": "network"},
         "rollout": {"rollout": 1.0},
         "training": {"mask_ratios": "training"},
         "auxiliary": {"gsim": GSIMConfig(auxiliary_updates=2)},
@@ -125,7 +126,14 @@ def test_what_cannot_be_distilled(tmp_path: Path):
     ):
         with pytest.raises(ValueError, match=message):
             GSIMConfig(**wrong)
-    for changes in ({"rollout": 1.5}, {"class_drop": 1.0}, {"warmup": -1}, {"trained": "tail"}, {"ar_steps": 0}):
+    for changes in (
+        {"rollout": 1.5},
+        {"class_drop": 1.0},
+        {"warmup": -1},
+        {"trained": "tail"},
+        {"ar_steps": 0},
+        {"auxiliary": "network", "trained": "head"},
+    ):
         with pytest.raises(ValueError, match=f"{next(iter(changes))}.*{next(iter(changes.values()))}"):
             DistillConfig(**changes)
     with pytest.raises(ValueError, match=r"t_init must be in \[1, 950\], got 999"):

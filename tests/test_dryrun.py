@@ -80,11 +80,15 @@ def test_activations_are_what_autograd_saves():
     assert bytes_saved < planned < 1.25 * bytes_saved  # and the temporaries
 
 
-@pytest.mark.parametrize(("trained", "accumulate"), [("head", 1), ("all", 1), ("all", 4)])
-def test_memory_is_that_of_a_real_distillation(trained: Any, accumulate: int, tmp_path: Path):
+@pytest.mark.parametrize(
+    ("trained", "auxiliary", "accumulate"),
+    [("head", "head", 1), ("all", "head", 1), ("all", "head", 4), ("all", "network", 1)],
+)
+def test_memory_is_that_of_a_real_distillation(trained: Any, auxiliary: Any, accumulate: int, tmp_path: Path):
     config = DistillConfig(
-        steps=1, batch=1024, accumulate=accumulate, ar_steps=1, trained=trained, sample_every=0, device="cpu"
-    )
+        steps=1, batch=1024, accumulate=accumulate, ar_steps=1, trained=trained, auxiliary=auxiliary, sample_every=0,
+        device="cpu",
+    )  # fmt: skip
     model = dataclasses.replace(tiny.MODEL, **SIZES)
     planned = plan("distill", config, model, this_machine=False)["memory"]["total"]
     teacher = tiny.teacher()

@@ -13,7 +13,8 @@ from torch.testing import assert_close
 from marval.checkpoint import save_tensors
 from marval.config import GSIMConfig, StudentConfig
 from marval.diffusion import cosine_schedule
-from marval.matching import Context, ScoreMatching, copy_head, copy_network, draw_noise, load_scores
+from marval.matching import Context, ScoreMatching, copy_auxiliary, copy_network, draw_noise, load_scores
+from marval.models.mar import MAR
 from marval.pipeline import Pipeline
 from marval.rng import generator
 from marval.train import draw_masks
@@ -21,11 +22,11 @@ from marval.train import draw_masks
 Noise = tuple[Tensor, Tensor, Tensor]
 
 
-def made(trained: str) -> tuple[ScoreMatching, Context, Noise]:
+def made(trained: str, kind: str = "head") -> tuple[ScoreMatching, Context, Noise]:
     """Losses of a student whose networks were moved apart, on a context with half of the tokens masked."""
     g = generator(0)
     teacher = Pipeline.load(tiny.teacher()).network.requires_grad_(False)
-    student, auxiliary = copy_network(teacher, trained, True), copy_head(teacher, True)
+    student, auxiliary = copy_network(teacher, trained, True), copy_auxiliary(teacher, kind, True)
     with torch.no_grad():
         for parameter in (*student.parameters(), *auxiliary.parameters()):
             if parameter.requires_grad:
@@ -38,10 +39,14 @@ def made(trained: str) -> tuple[ScoreMatching, Context, Noise]:
     return scores, context, draw_noise(4, length // 2, dim, (20, 900), g)
 
 
-@pytest.mark.parametrize("trained", ["head", "all"])
-def test_each_loss_moves_its_own_network(trained: str, monkeypatch: pytest.MonkeyPatch):
+KINDS = pytest.mark.parametrize(("trained", "kind"), [("head", "head"), ("all", "head"), ("all", "network")])
+"""What is trained, and the auxiliary."""
+
+
+@KINDS
+def test_each_loss_moves_its_own_network(trained: str, kind: str, monkeypatch: pytest.MonkeyPatch):
     """The auxiliary's loss gives the student nothing; the student's takes the auxiliary's condition as constant."""
-    scores, context, noise = made(trained)
+    scores, context, noise = made(trained, kind)
     own = [p for p in scores.student.parameters() if p.requires_grad]
     scores.auxiliary_loss(context, *noise)[0].backward()
     assert all(p.grad is None for p in own)
@@ -50,7 +55,7 @@ def test_each_loss_moves_its_own_network(trained: str, monkeypatch: pytest.Monke
     loss = scores.student_loss(context, *noise)[0]
     gradients = torch.autograd.grad(loss, own)
     plain = scores.eps_auxiliary
-    monkeypatch.setattr(scores, "eps_auxiliary", lambda c, x_t, t, _: plain(c, x_t, t, context.student))
+    monkeypatch.setattr(scores, "eps_auxiliary", lambda c, x_t, t, condition: plain(c, x_t, t, condition.detach()))
     for found, expected in zip(
         gradients, torch.autograd.grad(scores.student_loss(context, *noise)[0], own), strict=True
     ):
@@ -59,19 +64,26 @@ def test_each_loss_moves_its_own_network(trained: str, monkeypatch: pytest.Monke
 
 
 def test_the_auxiliary_sees_the_students_conditions():
+    """Or its own, where it is a network."""
     scores, context, _ = made("all")
-    assert_close(context.student, scores.condition(context.tokens, context.visible, context.masked, torch.arange(4)))
+    assert scores.auxiliary_condition(context) is context.student
+    assert_close(context.student, context.condition(scores.student))
     assert not torch.allclose(context.student, context.teacher, atol=1e-2)
     assert not context.student.requires_grad
     shared = made("head")[1]
     assert shared.student is shared.teacher
+    scores, context, _ = made("all", "network")
+    assert isinstance(scores.auxiliary, MAR)
+    assert_close(scores.auxiliary_condition(context), context.condition(scores.auxiliary))
+    assert not torch.allclose(scores.auxiliary_condition(context), context.student, atol=1e-2)
 
 
-@pytest.mark.parametrize("trained", ["head", "all"])
-def test_scores_of_this_version_and_of_before(trained: str, tmp_path: Path):
-    """Teacher and auxiliary come back; of an auxiliary with a backbone, as marval 0.1 first stored it, the head."""
-    scores, _, _ = made(trained)
+@KINDS
+def test_scores_of_this_version_and_of_before(trained: str, kind: str, tmp_path: Path):
+    """Teacher and auxiliary come back; of an auxiliary with a backbone, which marval 0.1 first stored too, the head."""
+    scores, _, _ = made(trained, kind)
     tensors: dict[str, Any] = scores.scores()
+    assert {name[:15] for name in tensors if name.startswith("auxiliary")} == {"auxiliary.head."}
     backbone = {
         f"auxiliary.{name}": x.clone() for name, x in scores.teacher.state_dict().items() if name[:5] != "head."
     }
@@ -80,7 +92,7 @@ def test_scores_of_this_version_and_of_before(trained: str, tmp_path: Path):
         assert load_file(tmp_path / "scores.safetensors").keys() == {*tensors, *before}
         teacher, auxiliary = load_scores(tmp_path, scores.student, True)
         assert (teacher.class_emb is scores.student.class_emb) == (trained == "head")
-        for found, expected in ((teacher, scores.teacher), (auxiliary, scores.auxiliary)):
+        for found, expected in ((teacher, scores.teacher), (auxiliary, scores.auxiliary_head)):
             ours = expected.state_dict()
             assert all(torch.equal(x, ours[name]) for name, x in found.state_dict().items())
         assert not any(p.requires_grad for p in teacher.head.parameters())

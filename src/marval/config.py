@@ -302,6 +302,9 @@ class DistillConfig(CurveConfig):
     trained: Literal["head", "all"] = "all"
     """Train everything, or only the head, on the teacher's frozen backbone: contexts are then computed once for all
     three heads, but the head cannot see what guidance depends on (docs/method.md)."""
+    auxiliary: Literal["head", "network"] = "head"
+    """A head on the student's conditions; or, with trained all, a whole network: half as much work again, and in small
+    pictures 5 % less FID (docs/LOG.md)."""
     mask_ratios: Literal["training", "inference"] = "inference"
     """Masked tokens per context: the training distribution, or that of the K AR steps of sampling."""
     rollout: float = 0.0
@@ -317,6 +320,10 @@ class DistillConfig(CurveConfig):
         super().__post_init__()
         check(self.warmup >= 0, f"warmup must not be negative, got {self.warmup}")
         check(0 <= self.class_drop < 1, f"class_drop must be in [0, 1), got {self.class_drop}")
+        check(
+            self.auxiliary == "head" or self.trained == "all",
+            "auxiliary network is for trained all: the conditions of a head on a frozen backbone are the teacher's",
+        )
         check(0 <= self.rollout <= 1, f"rollout must be in [0, 1], got {self.rollout}")
         check(self.ar_steps >= 1, f"ar_steps must be at least 1, got {self.ar_steps}")
 

@@ -17,12 +17,12 @@ from marval.latents import LatentDataset
 from marval.matching import (
     ScoreMatching,
     averaged_network,
-    copy_head,
+    copy_auxiliary,
     copy_network,
     draw_noise,
     own_part,
     shard_networks,
-    with_head,
+    with_part,
 )
 from marval.models.autoencoders import autoencoder_digest
 from marval.pipeline import Pipeline
@@ -84,9 +84,9 @@ def distill(config: DistillConfig, teacher_folder: Path, out: Path, resume: bool
     model.settings()
     curve = Curve(config, model, data, world)
     tokenizer, length, num_classes = model.tokenizer, model.network.config.num_tokens, len(model.class_names)
-    auxiliary = copy_head(teacher.network, config.student.guidance_range is not None)
+    auxiliary = copy_auxiliary(teacher.network, config.auxiliary, config.student.guidance_range is not None)
     blank = template(model.network)
-    for network in (model.network, with_head(model.network, auxiliary)):
+    for network in (model.network, with_part(model.network, auxiliary)):
         prepare(network, config)
     (student,) = shard_networks(world, teacher.network, model.network)
     world.shard(auxiliary)

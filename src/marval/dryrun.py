@@ -37,7 +37,7 @@ from marval.distributed import World
 from marval.ema import EMA
 from marval.features import BATCH
 from marval.importing import KL16
-from marval.matching import ScoreMatching, copy_head, copy_network, own_part, with_head
+from marval.matching import ScoreMatching, copy_auxiliary, copy_network, own_part, with_head, with_part
 from marval.models.autoencoders import KL, TAESD
 from marval.models.lora import adapt
 from marval.models.mar import MAR
@@ -158,7 +158,11 @@ def _distill(config: DistillConfig, model: MARConfig, share: _Share, decoder: De
     }
     work = _matching_work(matching, updates, config, model, share)
     cost = _over_masks(ratios[config.mask_ratios], work)
-    networks = {"teacher": teacher, "student": matching.student, "auxiliary": _auxiliary(matching)}
+    networks = {
+        "teacher": teacher,
+        "student": matching.student,
+        "auxiliary": with_part(matching.student, matching.auxiliary),
+    }
     images = share.parts * share.part
     if config.rollout > 0:
         draw = one_evaluation(matching.student.head, matching.schedule, config.student.t_init)
@@ -246,7 +250,7 @@ def _rl(
         anchor = _over_masks(lambda u: masking.inference_masked_count(length, config.ar_steps, u), work)
         operations += anchor.operations / share.parts
         peak = max(peak, anchor.peak)
-        networks |= {"teacher": matching.teacher, "auxiliary": _auxiliary(matching)}
+        networks |= {"teacher": matching.teacher, "auxiliary": with_part(matching.student, matching.auxiliary)}
     helpers = {"autoencoder": decoder[0], "reward": reward.networks, "held-out rewards": held_out.networks}
     cost = Cost(operations, peak)
     state = _state(networks, updates if config.anchor > 0 else updates[:1], ema, cost, count, helpers)
@@ -330,11 +334,13 @@ def _matching(
     """Student and auxiliary of a frozen teacher, as `marval.distill` makes them; their updates; the average."""
     guidance_input = student_config.guidance_range is not None
     with torch.device("meta"):
-        student, auxiliary = copy_network(base, config.trained, guidance_input), copy_head(base, guidance_input)
+        student = copy_network(base, config.trained, guidance_input)
+        kind = config.auxiliary if isinstance(config, DistillConfig) else "head"
+        auxiliary = copy_auxiliary(base, kind, guidance_input)
     adapters = None
     if isinstance(config, RLConfig) and config.trained == "lora":
         adapters = adapt(student, config.lora_rank)
-    for network in (student, with_head(student, auxiliary)):
+    for network in (student, with_part(student, auxiliary)):
         prepare(network, config)
     teacher = base
     if isinstance(config, RLConfig):  # the base is the student's start; the teacher has a head, or all, of its own
@@ -345,11 +351,6 @@ def _matching(
     for name, part in (("student", adapters or own_part(student, base)), ("auxiliary", auxiliary)):
         updates.append(_new_update(name, part, config))
     return matching, updates, EMA(updates[0].module, config.ema)
-
-
-def _auxiliary(matching: ScoreMatching) -> MAR:
-    """The auxiliary as the network that it is a head of."""
-    return with_head(matching.student, matching.auxiliary)
 
 
 def _matching_work(

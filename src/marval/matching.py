@@ -1,8 +1,8 @@
 """GSIM on contexts: what distillation and RL's anchor share.
 
 A context is a set of visible tokens, a class and a guidance scale; it gives every masked token a condition: the
-teacher's, and the student's where that has a backbone of its own. The auxiliary is a head on the student's conditions:
-the student's tokens depend on nothing else, so it needs no backbone to learn their score.
+teacher's, and the student's where that has a backbone of its own. The auxiliary is a head on the student's conditions,
+as the student's tokens depend on nothing else; or, at twice the passes of a backbone with gradients, a whole network.
 """
 
 import copy
@@ -47,6 +47,11 @@ def new_head(network: MAR, guidance_input: bool) -> DiffusionHead:
     """A fresh head of the network's sizes."""
     config = network.config
     return DiffusionHead(config.token_dim, config.width, config.head_width, config.head_depth, guidance_input)
+
+
+def copy_auxiliary(network: MAR, kind: str, guidance_input: bool) -> DiffusionHead | MAR:
+    """A trainable copy of the teacher's head, or (``kind`` = network) of everything."""
+    return copy_network(network, "all", guidance_input) if kind == "network" else copy_head(network, guidance_input)
 
 
 def copy_network(network: MAR, trained: str, guidance_input: bool) -> MAR:
@@ -108,15 +113,20 @@ class Context:
     student: Tensor
     """Without gradient; the teacher's where they share the backbone."""
 
+    def condition(self, network: MAR) -> Tensor:
+        """Conditions (B, N, E) of the masked tokens under a network."""
+        return gather_tokens(network.condition(self.tokens, self.visible, self.labels), self.masked)
+
 
 class ScoreMatching:
     """Losses of student and auxiliary against a frozen teacher (`marval.gsim`), averaged over the masked tokens."""
 
     def __init__(
-        self, teacher: MAR, student: MAR, auxiliary: DiffusionHead, student_config: StudentConfig,
+        self, teacher: MAR, student: MAR, auxiliary: DiffusionHead | MAR, student_config: StudentConfig,
         config: GSIMConfig, schedule: Schedule,
     ):  # fmt: skip
         self.teacher, self.student, self.auxiliary = teacher, student, auxiliary
+        self.auxiliary_head = auxiliary.head if isinstance(auxiliary, MAR) else auxiliary
         self.student_config, self.config, self.schedule = student_config, config, schedule
         self.distance = gsim.DISTANCES[config.distance]
         self.backbone_moves = any(p.requires_grad for p in student.backbone_parameters())
@@ -128,12 +138,10 @@ class ScoreMatching:
             both = self.teacher.condition(tokens.repeat(2, 1, 1), visible.repeat(2, 1), torch.cat([labels, null]))
             teacher, teacher_null = gather_tokens(both, masked.repeat(2, 1)).chunk(2)
             shared = self.student.class_emb is self.teacher.class_emb
-            student = teacher if shared else self.condition(tokens, visible, masked, labels)
-        return Context(tokens, visible, masked, labels, w, teacher, teacher_null, student)
-
-    def condition(self, tokens: Tensor, visible: Tensor, masked: Tensor, labels: Tensor) -> Tensor:
-        """Conditions (B, N, E) of the masked tokens under the student."""
-        return gather_tokens(self.student.condition(tokens, visible, labels), masked)
+            context = Context(tokens, visible, masked, labels, w, teacher, teacher_null, teacher)
+            if not shared:
+                context.student = context.condition(self.student)
+        return context
 
     def draw_guidance(self, count: int, generator: torch.Generator) -> Tensor:
         """(count, 1) the fixed scale, or U[low, high] for a student that takes it as an input."""
@@ -152,43 +160,50 @@ class ScoreMatching:
         eps, eps_null = out.chunk(2, dim=-1)[0].chunk(2)
         return guide(eps, eps_null, context.w.unsqueeze(-1))
 
+    def auxiliary_condition(self, context: Context) -> Tensor:
+        """(B, N, E), from a backbone of its own if there is one."""
+        return context.condition(self.auxiliary) if isinstance(self.auxiliary, MAR) else context.student
+
     def eps_auxiliary(self, context: Context, x_t: Tensor, t: Tensor, condition: Tensor) -> Tensor:
-        """Noise prediction of the auxiliary, unguided, (B, N, D), at the student's conditions."""
-        return self.auxiliary(x_t, t, condition, context.w).chunk(2, dim=-1)[0]
+        """Noise prediction of the auxiliary, unguided, (B, N, D)."""
+        return self.auxiliary_head(x_t, t, condition, context.w).chunk(2, dim=-1)[0]
 
     def auxiliary_loss(self, context: Context, z: Tensor, t: Tensor, eps: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Denoising score matching on detached student samples: a scalar, and what to watch."""
         with torch.no_grad():
             x_t = q_sample(self.schedule, self.generate(context, z, context.student), t, eps)
-        loss = gsim.auxiliary_loss(self.eps_auxiliary(context, x_t, t, context.student), eps).mean()
+        predicted = self.eps_auxiliary(context, x_t, t, self.auxiliary_condition(context))
+        loss = gsim.auxiliary_loss(predicted, eps).mean()
         return loss, {"auxiliary_loss": loss.detach()}
 
     def student_loss(self, context: Context, z: Tensor, t: Tensor, eps: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """GSIM: the gradient flows through x_t into both head evaluations. A scalar, and what to watch."""
+        with torch.no_grad():
+            auxiliary_condition = self.auxiliary_condition(context)
         condition = context.student
         if self.backbone_moves:  # the same numbers, with their gradient
-            condition = self.condition(context.tokens, context.visible, context.masked, context.labels)
+            condition = context.condition(self.student)
         x0 = self.generate(context, z, condition)
         x_t = q_sample(self.schedule, x0, t, eps)
         eps_teacher = self.eps_teacher(context, x_t, t)
-        eps_auxiliary = self.eps_auxiliary(context, x_t, t, condition.detach())
+        eps_auxiliary = self.eps_auxiliary(context, x_t, t, auxiliary_condition)
         loss = gsim.student_loss(eps_teacher, eps_auxiliary, eps, self.config.lam, self.distance).mean()
         y = (eps_teacher - eps_auxiliary).detach().norm(dim=-1).mean()
         drawn = {"token_mean": x0.detach().mean(), "token_std": x0.detach().std()}
         return loss, {"student_loss": loss.detach(), "y": y, **drawn}
 
     def scores(self) -> dict[str, Tensor]:
-        """What `load_scores` reads: the auxiliary, and what the teacher does not share with the student."""
+        """What `load_scores` reads: the auxiliary's head, and what the teacher does not share with the student."""
         shared = self.teacher.class_emb is self.student.class_emb
         own = {n: x for n, x in self.teacher.state_dict().items() if n.startswith("head.") or not shared}
         tensors = {f"teacher.{name}": x for name, x in own.items()}
-        tensors |= {f"{AUXILIARY}{name}": x for name, x in self.auxiliary.state_dict().items()}
+        tensors |= {f"{AUXILIARY}{name}": x for name, x in self.auxiliary_head.state_dict().items()}
         return {name: whole(x).to("cpu", copy=True) for name, x in tensors.items()}
 
 
 AUXILIARY = "auxiliary.head."
-"""Prefix of its weights in scores.safetensors. Files of marval 0.1 may also hold a backbone of the auxiliary, which is
-left out: its head is as good on the student's conditions within 3 % of its loss (docs/LOG.md, 2026-11-26)."""
+"""Prefix of its weights in scores.safetensors. An auxiliary's backbone is left out, also of files that hold one: its
+head alone, on the student's conditions, has at most 3 % more loss (docs/LOG.md, 2026-11-26)."""
 
 
 def load_scores(folder: Path, student: MAR, guidance_input: bool) -> tuple[MAR, DiffusionHead]:

@@ -6,7 +6,7 @@ share is an assumption; we have not run them.
 
 Those of small colour pictures come in two sizes: `cifar10`, `imagenette64` and `emoji` are meant for one modern GPU, by
 our guess 20 minutes for a teacher and 8 for its student, and have not been run; the same with `-cpu` for one CPU core.
-They save often and a teacher's checkpoint.pt takes 16 bytes per parameter, about 40 MB (a student's 20 to 24), so a run
+They save often and a teacher's checkpoint.pt takes 16 bytes per parameter, about 40 MB (a student's 28), so a run
 can be cut into pieces of a few minutes, on different machines: go on with --resume.
 """
 
@@ -77,14 +77,14 @@ def fashion_mnist_teacher() -> TrainConfig:
 def fashion_mnist_student() -> DistillConfig:
     """One-step student of the Fashion-MNIST teacher, for every guidance scale in 1..3: backbone and head.
 
-    The head alone would not see what guidance depends on (docs/LOG.md, 2026-11-25). FID (as the teacher's, other seeds)
-    9.0, accuracy 92.0 %, in 25 minutes on one CPU core beside other work, with --compile (2026-11-26, docs/LOG.md).
-    ``fashion-mnist/student``, whose auxiliary had a backbone of its own, has 8.6 on these seeds and took 38 minutes.
+    The head alone would not see what guidance depends on (docs/LOG.md, 2026-11-25). FID (as the teacher's) 8.1,
+    accuracy 91.7 %, in 38 minutes on one CPU core beside other work, with --compile (2026-11-25; the card of
+    ``fashion-mnist/student``). With --auxiliary head 25 minutes, and FID 5 to 7 % higher (docs/LOG.md, 2026-11-26).
     """
     return DistillConfig(
-        data="data/fashion-mnist.npz", steps=3000, batch=64, ar_steps=16, ema=0.995, precision="bf16", save_every=100,
-        sample_every=500, student=StudentConfig(guidance=1.5, guidance_range=(1.0, 3.0)),
-        gsim=GSIMConfig(lr=3e-4, auxiliary_lr=6e-4),
+        data="data/fashion-mnist.npz", auxiliary="network", steps=3000, batch=64, ar_steps=16, ema=0.995,
+        precision="bf16", save_every=100, sample_every=500,
+        student=StudentConfig(guidance=1.5, guidance_range=(1.0, 3.0)), gsim=GSIMConfig(lr=3e-4, auxiliary_lr=6e-4),
     )  # fmt: skip
 
 
@@ -129,11 +129,15 @@ def pictures_teacher_on_cpu(config: TrainConfig, **changes: Any) -> TrainConfig:
 
 
 def pictures_student(data: str) -> DistillConfig:
-    """Their one-step students on one GPU, for every guidance scale in 1..3: backbone and head."""
+    """Their one-step students on one GPU, for every guidance scale in 1..3: backbone and head.
+
+    The auxiliary is a whole network, which costs half as much work again: with a head alone Fashion-MNIST and emoji had
+    5 to 7 % more FID, also after as much time (docs/LOG.md, 2026-11-26).
+    """
     return DistillConfig(
-        data=data, flip=True, steps=10_000, batch=256, ar_steps=16, ema=0.999, warmup=100, save_every=500,
-        sample_every=2_500, log_every=50, student=StudentConfig(guidance=1.5, guidance_range=(1.0, 3.0)),
-        gsim=GSIMConfig(lr=2e-4, auxiliary_lr=4e-4),
+        data=data, flip=True, auxiliary="network", steps=10_000, batch=256, ar_steps=16, ema=0.999, warmup=100,
+        save_every=500, sample_every=2_500, log_every=50,
+        student=StudentConfig(guidance=1.5, guidance_range=(1.0, 3.0)), gsim=GSIMConfig(lr=2e-4, auxiliary_lr=4e-4),
     )  # fmt: skip
 
 
@@ -201,9 +205,7 @@ def latents_student_on_cpu(data: str) -> DistillConfig:
 
 
 def cifar10_cpu_student() -> DistillConfig:
-    """One-step student of the `cifar10-cpu` teacher. That of docs/results.md, with another auxiliary (docs/LOG.md,
-    2026-11-26), took 34 minutes beside two other processes.
-    """
+    """One-step student of the `cifar10-cpu` teacher: 34 minutes beside two other processes (2026-11-25)."""
     return latents_student_on_cpu("data/cifar10-latents")
 
 
@@ -255,8 +257,7 @@ def imagenette64_student() -> DistillConfig:
 
 
 def imagenette64_cpu_student() -> DistillConfig:
-    """One-step student of the `imagenette64-cpu` teacher, on one CPU core: 52 minutes, with an auxiliary that had a
-    backbone of its own, beside its teacher's 71."""
+    """One-step student of the `imagenette64-cpu` teacher, on one CPU core: 52 minutes, as its teacher's 71."""
     return dataclasses.replace(pictures_student_on_cpu("data/imagenette64-latents"), steps=3_000)
 
 
@@ -290,10 +291,8 @@ def emoji_student() -> DistillConfig:
 
 
 def emoji_cpu_student() -> DistillConfig:
-    """One-step student of the `emoji-cpu` teacher; more updates do not help (docs/LOG.md, 2026-11-26).
-
-    ``emoji/student`` took 24 minutes, with an auxiliary that had a backbone of its own; today's take about 15.
-    """
+    """One-step student of the `emoji-cpu` teacher: 24 minutes on one CPU core (2026-11-25; the card of
+    ``emoji/student``). More updates do not help (docs/LOG.md, 2026-11-26)."""
     return dataclasses.replace(latents_student_on_cpu("data/emoji-latents"), steps=3_000)
 
 
