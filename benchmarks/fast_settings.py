@@ -9,7 +9,9 @@ benchmarks/results, benchmarks/speed_floor.py writes its table.
 
 import argparse
 import itertools
+import shlex
 import statistics
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,8 @@ def measure(args: argparse.Namespace) -> None:
     network = load_features(str(args.features or args.model.parent / "classifier"))
     reference = load_reference(args.reference, network, None, model.tokenizer.image_channels)
     results: dict[str, Any] = {
-        "benchmark": "fast_settings", "model": args.model.as_posix(), "reference": args.reference,
+        "benchmark": "fast_settings", "command": shlex.join(["python", *sys.argv]), "model": args.model.as_posix(),
+        "reference": args.reference, "features": network.name,
         "num_images": args.num_images, "seeds": args.seeds, "guidance": model.sampling.guidance,
         "date": time.strftime("%Y-%m-%d"), "versions": versions(model.device), "rows": [],
     }  # fmt: skip

@@ -182,10 +182,9 @@ def quality(results: Path) -> str:
             rows.append([row["ar_steps"], row["order"], row["refresh_every"], fid, accuracy, *times])
         heads = ["K", "order", "full pass every", "FID* (range)", "accuracy", "ms, batch 1", "exact / this"]
         texts.append(
-            f"`python benchmarks/fast_settings.py {result['model']} {result['reference']} benchmarks/results/{name}`, "
-            f"then with `--clock`: guidance {result['guidance']:g}, {result['seeds']} seeds of "
+            f"`{result['command']}`, then with `--clock`: guidance {result['guidance']:g}, {result['seeds']} seeds of "
             f"{result['num_images']:,} images, {result['date']} ({link(name)}). "
-            "\\* Over the features of a small classifier:\n\n" + markdown(heads, rows)
+            f"\\* Features: {result['features']}:\n\n" + markdown(heads, rows)
         )
     return "\n\n".join(texts) or "Not measured yet."
 
