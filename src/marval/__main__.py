@@ -483,7 +483,7 @@ def main(argv: list[str] | None = None) -> None:
     finally:
         if "marval.distributed" in sys.modules:
             several = sys.modules["marval.distributed"].disconnect(failure)
-            if several and failure is None:
+            if several and failure is None and argv is None:  # not where a script calls this function
                 sys.stderr.flush()
                 os._exit(0)  # see disconnect
 
