@@ -322,7 +322,7 @@ class DistillConfig(CurveConfig):
         check(0 <= self.class_drop < 1, f"class_drop must be in [0, 1), got {self.class_drop}")
         check(
             self.auxiliary == "head" or self.trained == "all",
-            "auxiliary network is for trained all: on a frozen backbone it would learn no more than auxiliary head",
+            "auxiliary network is for trained all: with trained head, whose backbone is frozen, give auxiliary head",
         )
         check(0 <= self.rollout <= 1, f"rollout must be in [0, 1], got {self.rollout}")
         check(self.ar_steps >= 1, f"ar_steps must be at least 1, got {self.ar_steps}")
