@@ -130,10 +130,13 @@ def load_code(checkout: Path) -> ModuleType:
     if not (checkout / "models" / "mar.py").is_file():
         raise ValueError(f"{checkout} is no checkout of LTH14/mar: it has no models/mar.py")
     before = set(sys.modules)
-    with patch.dict(sys.modules, stand_ins()), patch.object(sys, "path", [str(checkout), *sys.path]):
-        module = importlib.import_module("models.mar")
+    sys.modules.update(stand_ins())
+    try:
+        with patch.object(sys, "path", [str(checkout), *sys.path]):
+            module = importlib.import_module("models.mar")
+    finally:  # what a real timm brought along stays: torch's own modules cannot be imported twice
         for name in set(sys.modules) - before:
-            if name.split(".")[0] in ("models", "diffusion"):
+            if name.split(".")[0] in ("models", "diffusion") or getattr(sys.modules[name], "__spec__", None) is None:
                 del sys.modules[name]
     return module
 

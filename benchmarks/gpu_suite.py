@@ -3,9 +3,10 @@
     python benchmarks/gpu_suite.py --out OUT.json --reference PATH_TO_CHECKOUT_OF_LTH14_MAR
 
 Stages run in the order of their importance; the file is written after each, so that a run which is killed keeps what
-it had. A stage that fails or takes too long is recorded with its error, and the next one runs. Random weights; tokens,
-not images: neither the autoencoder nor a reward's network is timed. `--preset tiny --device cpu` shows in seconds that
-every stage runs, without what only CUDA has (graphs, compiled blocks).
+it had. A stage that fails or takes too long is recorded with its error, and the next one runs. With
+`--stages "mar-b rl,mar-h*"` only these run, and replace those of an earlier file or join it; each has the date and the
+rates of its own run. Random weights; tokens, not images: neither the autoencoder nor a reward's network is timed.
+`--preset tiny --device cpu` shows in seconds that all stages run that need no CUDA (graphs, compiled blocks).
 
 Sampling: ratios to the floor (marval.floor) at the rates measured in the first stage, and to the reference teacher at
 equal K, guidance 2.9 linear, 100 steps, in bf16 by autocast with its cache of weights. Training: updates of the loops'
@@ -16,6 +17,7 @@ import argparse
 import contextlib
 import copy
 import dataclasses
+import fnmatch
 import gc
 import signal
 import statistics
@@ -31,7 +33,7 @@ from torch import Tensor
 
 from marval import masking, recipes
 from marval.bench import PARTS, machine, median_and_spread, peak_memory, reset_peak, split_batch, time_batch
-from marval.checkpoint import load_strictly, read_mar_checkpoint, write_json
+from marval.checkpoint import load_strictly, read_json, read_mar_checkpoint, write_json
 from marval.config import PRESETS, DistillConfig, MARConfig, RLConfig, SamplingConfig, TrainConfig
 from marval.costs import Work
 from marval.diffusion import cosine_schedule
@@ -90,7 +92,7 @@ class TooLong(Exception):
 class Suite:
     """Runs stages and keeps what they found."""
 
-    def __init__(self, out: Path, device: torch.device, scale: Scale, minutes: float):
+    def __init__(self, out: Path, device: torch.device, scale: Scale, minutes: float, before: list[Any] | None = None):
         self.out, self.device, self.scale = out, device, scale
         self.end = time.perf_counter() + 60 * minutes
         self.stage_end = self.end
@@ -98,7 +100,7 @@ class Suite:
         self.result: dict[str, Any] = {
             "benchmark": "gpu_suite", "date": time.strftime("%Y-%m-%d"), "machine": machine(device),
             "versions": versions(device), "settings": {"guidance": GUIDANCE, **dataclasses.asdict(scale)},
-            "command": "python benchmarks/gpu_suite.py", "stages": [],
+            "command": "python benchmarks/gpu_suite.py", "stages": before or [],
         }  # fmt: skip
         self._network: tuple[str, MAR] | None = None
 
@@ -111,6 +113,8 @@ class Suite:
 
     def run(self, name: str, work: Callable[[], dict[str, Any]], seconds: float) -> None:
         """One stage, of at most so many seconds, and none that the end of the suite does not leave."""
+        stages = self.result["stages"]
+        at = next((i for i, stage in enumerate(stages) if stage["stage"] == name), len(stages))
         left = min(seconds, self.end - time.perf_counter())
         start, found = time.perf_counter(), {}
         self.stage_end = start + left
@@ -123,7 +127,11 @@ class Suite:
             except (Exception, TooLong) as error:
                 text = str(error).replace(str(Path.cwd()), ".").strip()
                 found = {"error": f"{type(error).__name__}: {text[:500]}"}
-        self.result["stages"].append({"stage": name, **found, "stage_seconds": time.perf_counter() - start})
+        if at == len(stages) or not found.keys() & {"error", "skipped"}:
+            took = time.perf_counter() - start
+            stages[at : at + 1] = [
+                {"stage": name, **found, "date": self.result["date"], "rates": dict(self.rates), "stage_seconds": took}
+            ]
         write_json(self.out, self.result)
         print(f"{time.perf_counter() - start:7.1f} s  {name:<44} {line(found)}", flush=True)
         gc.collect()
@@ -559,8 +567,8 @@ def stages(suite: Suite, checkout: Path | None) -> list[tuple[str, Callable[[], 
     for verb in scale.batches:
         seconds = 70 if verb == "rl" else 40
         found.append((f"{first} {verb}", lambda verb=verb: training(suite, verb, first), seconds))
-    draws(first, "student", "bf16", 1, short, 20, 3)
     if cuda:
+        draws(first, "student", "bf16", 1, short, 20, 3)
         draws(first, "student", "bf16+compile", scale.large, scale.few, COMPILING, 3)
         draws(first, "student", "float32", 1, short, 20, 3)
     for mode in fast[3:]:
@@ -582,17 +590,31 @@ def main(words: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--preset", default="full", choices=["full", "tiny"])
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     parser.add_argument("--minutes", type=float, default=8.5, help="no stage starts or goes on after this time")
+    parser.add_argument("--stages", help="names or patterns, comma-separated; OUT keeps its other stages")
     args = parser.parse_args(words)
     device = args.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    suite = Suite(args.out, torch.device(device), TINY if args.preset == "tiny" else FULL, args.minutes)
+    before = []
+    if args.out.exists():
+        if args.stages is None:
+            parser.error(f"{args.out} exists: name --stages to measure again, or another --out")
+        earlier = read_json(args.out)
+        before, then, now = earlier["stages"], earlier["versions"]["device"], versions(torch.device(device))["device"]
+        if then != now:
+            parser.error(f"{args.out} was measured on {then}, this is {now}: choose another --out")
+    suite = Suite(args.out, torch.device(device), TINY if args.preset == "tiny" else FULL, args.minutes, before)
     try:
         planned = stages(suite, args.reference)
     except ValueError as error:
         sys.exit(f"gpu_suite: {error}")
+    patterns = ["*"] if args.stages is None else ["rates", *args.stages.split(",")]
+    for pattern in patterns:
+        if not fnmatch.filter([name for name, _, _ in planned], pattern):
+            parser.error(f"--stages {pattern!r} is none of {', '.join(name for name, _, _ in planned)}")
     for name, work, seconds in planned:
-        suite.run(name, work, seconds)
+        if any(fnmatch.fnmatch(name, pattern) for pattern in patterns):
+            suite.run(name, work, seconds)
     return suite.result
 
 
