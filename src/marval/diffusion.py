@@ -43,8 +43,23 @@ class Schedule:
         self.posterior_x0 = self.betas * self.alpha_bar_prev.sqrt() / (1 - self.alpha_bar)
         self.posterior_xt = (1 - self.alpha_bar_prev) * (1 - self.betas).sqrt() / (1 - self.alpha_bar)
 
+        self._copies: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
+
     def __len__(self) -> int:
         return len(self.betas)
+
+    def at(self, name: str, t: Tensor | int, x: Tensor) -> Tensor | float:
+        """Entries of the table at ``t``, as x (..., D) is: a float, or a tensor that broadcasts against x.
+
+        A device gets a table once: each copy would wait for all that a GPU has to do.
+        """
+        if isinstance(t, int):
+            return float(getattr(self, name)[t])
+        key = name, x.device, x.dtype
+        if key not in self._copies:
+            with torch.inference_mode(False):  # training may read it next
+                self._copies[key] = getattr(self, name).to(x.device, x.dtype)
+        return self._copies[key][t].unsqueeze(-1)
 
 
 def cosine_schedule(num_steps: int = 1000, max_beta: float = 0.999) -> Schedule:
@@ -71,36 +86,29 @@ def respace(schedule: Schedule, num_steps: int) -> Schedule:
     return Schedule(1 - alpha_bar / torch.cat([alpha_bar.new_ones(1), alpha_bar[:-1]]), timesteps)
 
 
-def _at(table: Tensor, t: Tensor | int, x: Tensor) -> Tensor | float:
-    """Entries of ``table`` at ``t``, in x's dtype, with a trailing axis that broadcasts against x (..., D)."""
-    if isinstance(t, int):
-        return float(table[t])
-    return table.to(x.device)[t].to(x.dtype).unsqueeze(-1)
-
-
 def q_sample(schedule: Schedule, x0: Tensor, t: Tensor | int, eps: Tensor) -> Tensor:
     """x_t = alpha_t x0 + sigma_t eps."""
-    return _at(schedule.alpha, t, x0) * x0 + _at(schedule.sigma, t, x0) * eps
+    return schedule.at("alpha", t, x0) * x0 + schedule.at("sigma", t, x0) * eps
 
 
 def x0_from_eps(schedule: Schedule, x_t: Tensor, t: Tensor | int, eps: Tensor) -> Tensor:
     """x0 = (x_t - sigma_t eps) / alpha_t. Multiplies an error of eps by sigma/alpha: 2e4 at t = 999."""
-    return (x_t - _at(schedule.sigma, t, x_t) * eps) / _at(schedule.alpha, t, x_t)
+    return (x_t - schedule.at("sigma", t, x_t) * eps) / schedule.at("alpha", t, x_t)
 
 
 def eps_from_x0(schedule: Schedule, x_t: Tensor, t: Tensor | int, x0: Tensor) -> Tensor:
     """eps = (x_t - alpha_t x0) / sigma_t."""
-    return (x_t - _at(schedule.alpha, t, x_t) * x0) / _at(schedule.sigma, t, x_t)
+    return (x_t - schedule.at("alpha", t, x_t) * x0) / schedule.at("sigma", t, x_t)
 
 
 def score_from_eps(schedule: Schedule, eps: Tensor, t: Tensor | int) -> Tensor:
     """grad log p(x_t) = -eps / sigma_t."""
-    return -eps / _at(schedule.sigma, t, eps)
+    return -eps / schedule.at("sigma", t, eps)
 
 
 def eps_from_score(schedule: Schedule, score: Tensor, t: Tensor | int) -> Tensor:
     """eps = -sigma_t grad log p(x_t)."""
-    return -score * _at(schedule.sigma, t, score)
+    return -score * schedule.at("sigma", t, score)
 
 
 def guide(eps_cond: Tensor, eps_null: Tensor, w: Tensor | float) -> Tensor:
@@ -110,12 +118,12 @@ def guide(eps_cond: Tensor, eps_null: Tensor, w: Tensor | float) -> Tensor:
 
 def posterior_mean(schedule: Schedule, x0: Tensor, x_t: Tensor, t: Tensor | int) -> Tensor:
     """Mean of q(x_{t-1} | x_t, x0) (Ho et al. 2020, eq. 7)."""
-    return _at(schedule.posterior_x0, t, x_t) * x0 + _at(schedule.posterior_xt, t, x_t) * x_t
+    return schedule.at("posterior_x0", t, x_t) * x0 + schedule.at("posterior_xt", t, x_t) * x_t
 
 
 def learned_range_log_variance(schedule: Schedule, v: Tensor, t: Tensor | int) -> Tensor:
     """Log variance between the posterior's (v = -1) and beta_t (v = 1) (Nichol & Dhariwal 2021, eq. 15)."""
-    upper, lower = _at(schedule.log_betas, t, v), _at(schedule.posterior_log_variance, t, v)
+    upper, lower = schedule.at("log_betas", t, v), schedule.at("posterior_log_variance", t, v)
     return (upper - lower) / 2 * v + (upper + lower) / 2
 
 
@@ -210,7 +218,7 @@ def denoising_loss(
     mse = (eps - eps_hat).square().mean(-1)
     log_variance = learned_range_log_variance(schedule, v, t)
     mean = posterior_mean(schedule, x0_from_eps(schedule, x_t, t, eps_hat.detach()), x_t, t)
-    true_log_variance = schedule.posterior_log_variance.to(x_t.device)[t].to(x_t.dtype).unsqueeze(-1)
+    true_log_variance = schedule.at("posterior_log_variance", t, x_t)
     kl = _normal_kl(posterior_mean(schedule, x0, x_t, t), true_log_variance, mean, log_variance)
     nll = _discretised_gaussian_nll(x0, mean, 0.5 * log_variance)
     vb = torch.where(t == 0, nll.mean(-1), kl.mean(-1)) / math.log(2)
