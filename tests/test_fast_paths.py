@@ -1,26 +1,36 @@
-"""Fast paths draw the same images as the plain one: targets only, cached backbone, bf16 weights, compiled, graphs."""
+"""Fast paths do as the plain one: targets only, cached backbone, bf16 weights, compiled blocks, graphs of sampling and
+of updates."""
 
 import copy
+import dataclasses
 import itertools
 import shutil
+from collections.abc import Callable, Hashable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import tiny
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.testing import assert_close
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from marval import masking
-from marval.config import MARConfig, SamplingConfig, StudentConfig
+from marval.config import DistillConfig, MARConfig, SamplingConfig, StudentConfig, TrainConfig
+from marval.distill import distill
+from marval.distributed import World
 from marval.graphs import Graphs, plainly
 from marval.models.cached import CachedBackbone
 from marval.models.mar import MAR, gather_tokens
 from marval.models.packed import PackedLinear, pack_linears
 from marval.pipeline import Pipeline
 from marval.rng import ImageNoise, generator
+from marval.run import caller
 from marval.tokenizers import PixelTokenizer
+from marval.train import train
 
 L, COUNTS = 16, [16, 13, 8, 3, 0]
 
@@ -227,3 +237,64 @@ def test_graphs_draw_the_same(student: bool):
     recorded = len(graphed.call)
     graphed.sample_tokens([2, 1, 0], seed=3)
     assert len(graphed.call) == recorded
+
+
+class Rehearsed:
+    """Calls as `Graphs` does, without CUDA: the first call of a kind and shape computes several times."""
+
+    def __init__(self):
+        self.known = set()
+
+    def __call__(self, kind: Hashable, function: Callable[..., Any], *inputs: Any) -> Any:
+        leaves, structure = tree_flatten(inputs)
+        key = (kind, *(x.shape if isinstance(x, Tensor) else x for x in leaves))
+        with torch.random.fork_rng(devices=[]):  # which dropout reads
+            for _ in range(0 if key in self.known else 2):
+                function(*tree_unflatten([x.clone() if isinstance(x, Tensor) else x for x in leaves], structure))
+        self.known.add(key)
+        return tree_map_only(Tensor, Tensor.clone, function(*inputs))
+
+
+def trained(folder: Path, **changes: Any) -> dict[str, Tensor]:
+    """Weights of a student, all of it trained, after a few updates of its teacher, with dropout, and of itself."""
+    common: dict[str, Any] = {"steps": 6, "batch": 8, "sample_every": 0, **changes}
+    model = dataclasses.replace(tiny.MODEL, dropout=0.1)
+    train(TrainConfig(model=model, sampling=tiny.SAMPLING, **common), folder / "teacher")
+    student = StudentConfig(guidance_range=(1.0, 3.0))
+    config = DistillConfig(student=student, trained="all", auxiliary="network", ar_steps=4, **common)
+    distill(config, folder / "teacher", folder / "student")
+    return load_file(folder / "student" / "model.safetensors")
+
+
+def test_updates_rehearsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    plain = trained(tmp_path / "plain")
+    calls = []
+    for module in ("marval.train", "marval.distill"):
+        monkeypatch.setattr(f"{module}.caller", lambda *_: calls.append(Rehearsed()) or calls[-1])
+    rehearsed = trained(tmp_path / "rehearsed")
+    assert all(torch.equal(rehearsed[name], plain[name]) for name in plain)
+    kinds = [{kind if isinstance(kind, str) else kind[0] for kind, *_ in call.known} for call in calls]
+    assert kinds == [{"teacher"}, {"context", "auxiliary", "student"}]
+
+
+@pytest.mark.parametrize(
+    ("config", "world", "message"),
+    [
+        ({}, World(0, 1, torch.device("cpu")), "CUDA graphs need a CUDA device, but this run is on cpu"),
+        ({}, World(0, 2, torch.device("cuda")), "graphs are for one process, not for 2"),
+        ({"accumulate": 2}, World(0, 1, torch.device("cuda")), "graphs do not work with accumulate 2"),
+        ({"activation_checkpointing": True}, World(0, 1, torch.device("cuda")), "activation_checkpointing True"),
+    ],
+)  # fmt: skip
+def test_updates_that_graphs_cannot_record(config: dict[str, Any], world: World, message: str):
+    with pytest.raises(ValueError, match=message):
+        caller(TrainConfig(graphs=True, **config), world)
+    assert caller(TrainConfig(**config), world) is plainly
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+def test_updates_from_graphs_train_the_same(tmp_path: Path):
+    common = {"device": "cuda", "precision": "float32"}
+    plain, graphed = (trained(tmp_path / str(graphs), graphs=graphs, **common) for graphs in (False, True))
+    for name, weight in plain.items():
+        assert_close(graphed[name], weight, rtol=1e-3, atol=1e-5)

@@ -166,8 +166,11 @@ class RunConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CurveConfig(RunConfig):
-    """The curve of quality that training and distillation can draw while they run (marval.curve)."""
+    """What training and distillation share: among it the curve of quality that they can draw (marval.curve)."""
 
+    graphs: bool = False
+    """Launch the kernels of an update as CUDA graphs, one for each number of masked tokens: small networks, which wait
+    for the launches, train faster. For one process."""
     eval_every: int = 0
     """Updates between evaluations of the averaged weights: FID, KID, precision and recall on fixed seeds; the best is
     kept in best/. 0 for none. Each costs what `marval evaluate` costs: a teacher draws with the whole chain."""

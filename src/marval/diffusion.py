@@ -15,6 +15,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,7 +49,7 @@ class Schedule:
     def __len__(self) -> int:
         return len(self.betas)
 
-    def at(self, name: str, t: Tensor | int, x: Tensor) -> Tensor | float:
+    def at(self, name: str, t: Tensor | int, x: Tensor) -> Any:
         """Entries of the table at ``t``, as x (..., D) is: a float, or a tensor that broadcasts against x.
 
         A device gets a table once: each copy would wait for all that a GPU has to do.

@@ -15,6 +15,7 @@ from marval.distributed import connect, template
 from marval.ema import EMA
 from marval.latents import LatentDataset
 from marval.matching import (
+    Context,
     ScoreMatching,
     averaged_network,
     copy_auxiliary,
@@ -26,7 +27,7 @@ from marval.matching import (
 )
 from marval.models.autoencoders import autoencoder_digest
 from marval.pipeline import Pipeline
-from marval.run import Run, Update, add_weighted, autocast, prepare, warmup_then_cosine
+from marval.run import Run, Update, add_weighted, autocast, caller, prepare, warmup_then_cosine
 from marval.sampling import gather_tokens, last, one_evaluation, unmask
 from marval.tokenizers import LatentTokenizer
 from marval.train import draw_masks, save_sample_grid
@@ -73,7 +74,7 @@ def check_data(data: ImageDataset | LatentDataset, teacher: Pipeline) -> None:
 def distill(config: DistillConfig, teacher_folder: Path, out: Path, resume: bool = False) -> Pipeline:
     """Run `marval distill`: returns the averaged student, which is also saved in ``out``."""
     world = connect(config.device, config.shard)
-    parts = world.parts(config.batch, config.accumulate)
+    parts, call = world.parts(config.batch, config.accumulate), caller(config, world)
     teacher = Pipeline.load(teacher_folder, world.device)
     if teacher.student is not None:
         raise ValueError(f"{teacher_folder} holds a student: distillation starts from a teacher")
@@ -95,8 +96,8 @@ def distill(config: DistillConfig, teacher_folder: Path, out: Path, resume: bool
     adam = {"betas": (0.0, 0.999), "fused": True}
     student_optimizer = torch.optim.Adam(student_part.parameters(), config.gsim.lr, **adam)
     auxiliary_optimizer = torch.optim.Adam(auxiliary.parameters(), config.gsim.auxiliary_lr, **adam)
-    student_update = Update("student", student_part, student_optimizer, config, world)
-    auxiliary_update = Update("auxiliary", auxiliary, auxiliary_optimizer, config, world)
+    student_update = Update("student", student_part, student_optimizer, config, world, call)
+    auxiliary_update = Update("auxiliary", auxiliary, auxiliary_optimizer, config, world, call)
     ema = EMA(student_part, config.ema, blank.head if config.trained == "head" else blank)
     run = Run(out, "distill", config, resume, world, {"teacher": teacher_folder})
     start = run.restore(
@@ -125,6 +126,10 @@ def distill(config: DistillConfig, teacher_folder: Path, out: Path, resume: bool
             where.mkdir(exist_ok=True)
             save_tensors(where / "scores.safetensors", scores)
             current.save(where)
+
+    def given(*context: Tensor) -> Context:
+        with torch.no_grad(), autocast(config, world.device):
+            return matching.context(*context)
 
     def read(step: int) -> tuple[Tensor, Tensor]:
         """Tokens of this process's rows, and labels of the whole batch."""
@@ -170,7 +175,7 @@ def distill(config: DistillConfig, teacher_folder: Path, out: Path, resume: bool
                     draw = one_evaluation(student.head, model.schedule, config.student.t_init, clamp=clamp)
                     steps = unmask(student, draw, labels[rows], orders[rows], upto, z[rows], guidance=w[rows])
                     tokens = last(steps)
-                contexts.append(matching.context(tokens, visible[rows], masked[rows], labels[rows], w[rows]))
+            contexts.append(call("context", given, tokens, visible[rows], masked[rows], labels[rows], w[rows]))
 
         # ---- update the auxiliary, then the student
         lr_factor = warmup_then_cosine(step, config.steps, config.warmup, config.decay)

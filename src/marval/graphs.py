@@ -1,16 +1,17 @@
 """CUDA graphs: the kernels of a function of tensors, recorded once for each shape and launched together.
 
 At small batches a GPU waits for the launches: an AR step of MAR-B is several hundred kernels of a few microseconds, a
-chain of 100 denoising steps several thousand.
+chain of 100 denoising steps several thousand, an update of a small network a thousand and more.
 """
 
 from collections.abc import Callable, Hashable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
-Function = Callable[..., Tensor]
+Function = Callable[..., Any]
 WARM_UP = 2
 """Calls before the recording, in which libraries allocate their workspaces and compiled blocks are compiled."""
 
@@ -18,10 +19,10 @@ WARM_UP = 2
 class Call(Protocol):
     """How a function of tensors is called: at once (`plainly`), or from a recorded graph (`Graphs`)."""
 
-    def __call__(self, kind: Hashable, function: Function, *inputs: Tensor) -> Tensor: ...
+    def __call__(self, kind: Hashable, function: Function, *inputs: Any) -> Any: ...
 
 
-def plainly(kind: Hashable, function: Function, *inputs: Tensor) -> Tensor:
+def plainly(kind: Hashable, function: Function, *inputs: Any) -> Any:
     """``function(*inputs)``."""
     return function(*inputs)
 
@@ -29,46 +30,54 @@ def plainly(kind: Hashable, function: Function, *inputs: Tensor) -> Tensor:
 class Graphs:
     """Calls functions on one CUDA device from graphs, which the first call of each kind and shape records.
 
-    Functions of one ``kind`` must launch the same kernels on the same weights whenever the shapes of their inputs are
-    the same, read no tensor but their inputs and those weights, and not wait for the device. The graphs hold the
-    weights by address: change them in place or make a new `Graphs`. They share one pool of memory, and none is ever
-    dropped: there is one for each batch size and number of visible tokens. Under autocast, whose copies of the weights
-    do not last, functions are called plainly.
+    Inputs and results are tensors, or tuples, lists and dicts with tensors in them; inputs that are none belong to the
+    kind, and must be hashable. Functions of one ``kind`` must launch the same kernels on the same weights whenever the
+    shapes of their inputs are the same, read no tensor but their inputs and those weights, and not wait for the device.
+    Where gradients are enabled, they may backpropagate, into gradients that exist and which they first set to zero:
+    the first call computes several times. The graphs hold weights and gradients by address: change them in place or
+    make a new `Graphs`. They share one pool of memory, and none is ever dropped: there is one for each batch size and
+    number of visible tokens. Under autocast, whose copies of the weights do not last, functions are called plainly;
+    they may switch it on themselves.
     """
 
     def __init__(self, device: torch.device):
         self._device = device
         self._stream = torch.cuda.Stream(device)
-        self._recorded: dict[Hashable, tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]] = {}
+        self._recorded: dict[Hashable, tuple[torch.cuda.CUDAGraph, list[Tensor], Any]] = {}
 
     def __len__(self) -> int:
         return len(self._recorded)
 
-    @torch.inference_mode()
-    def __call__(self, kind: Hashable, function: Function, *inputs: Tensor) -> Tensor:
+    def __call__(self, kind: Hashable, function: Function, *inputs: Any) -> Any:
         if torch.is_autocast_enabled("cuda"):
             return function(*inputs)
-        key = (kind, *((x.shape, x.dtype) for x in inputs))
-        with torch.cuda.device(self._device):
+        leaves, structure = tree_flatten(inputs)
+        given = [x for x in leaves if isinstance(x, Tensor)]
+        others = tuple(x for x in leaves if not isinstance(x, Tensor))
+        key = (kind, others, *((x.shape, x.dtype) for x in given))
+        with torch.cuda.device(self._device), torch.inference_mode(not torch.is_grad_enabled()):
             if key not in self._recorded:
-                self._recorded[key] = self._record(function, inputs)
+                buffers = [x.clone(memory_format=torch.contiguous_format) for x in given]
+                rest = iter(buffers)
+                leaves = [next(rest) if isinstance(x, Tensor) else x for x in leaves]
+                graph, out = self._record(function, tree_unflatten(leaves, structure))
+                self._recorded[key] = graph, buffers, out
             graph, buffers, out = self._recorded[key]
-            for buffer, x in zip(buffers, inputs, strict=True):
+            for buffer, x in zip(buffers, given, strict=True):
                 buffer.copy_(x)
             graph.replay()
-            return out.clone()  # the next replay writes into `out`
+            return tree_map_only(Tensor, Tensor.clone, out)  # the next replay writes into `out`
 
-    def _record(
-        self, function: Function, inputs: tuple[Tensor, ...]
-    ) -> tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]:
-        buffers = [x.clone(memory_format=torch.contiguous_format) for x in inputs]
+    def _record(self, function: Function, inputs: Any) -> tuple[torch.cuda.CUDAGraph, Any]:
+        dropout = torch.cuda.get_rng_state(self._device)
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             for _ in range(WARM_UP):
-                function(*buffers)
+                function(*inputs)
         torch.cuda.current_stream().wait_stream(self._stream)
+        torch.cuda.set_rng_state(dropout, self._device)
         pool = next(iter(self._recorded.values()))[0].pool() if self._recorded else None
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"):
-            out = function(*buffers)
-        return graph, buffers, out
+            out = function(*inputs)
+        return graph, out

@@ -6,9 +6,8 @@ as the student's tokens depend on nothing else; or, at twice the passes of a bac
 """
 
 import copy
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -98,8 +97,7 @@ def averaged_network(network: MAR, ema: EMA[Any], blank: MAR) -> MAR:
     return with_part(network, part)
 
 
-@dataclass
-class Context:
+class Context(NamedTuple):
     """B images with V visible and N masked tokens each, and the conditions (B, N, E) of the masked ones."""
 
     tokens: Tensor
@@ -139,9 +137,7 @@ class ScoreMatching:
             teacher, teacher_null = gather_tokens(both, masked.repeat(2, 1)).chunk(2)
             shared = self.student.class_emb is self.teacher.class_emb
             context = Context(tokens, visible, masked, labels, w, teacher, teacher_null, teacher)
-            if not shared:
-                context.student = context.condition(self.student)
-        return context
+            return context if shared else context._replace(student=context.condition(self.student))
 
     def draw_guidance(self, count: int, generator: torch.Generator) -> Tensor:
         """(count, 1) the fixed scale, or U[low, high] for a student that takes it as an input."""

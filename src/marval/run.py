@@ -26,16 +26,17 @@ from tqdm import tqdm
 
 from marval import __version__
 from marval.checkpoint import load_state, read_json, save_state, write_json
-from marval.config import RunConfig, to_dict
+from marval.config import CurveConfig, RunConfig, to_dict
 from marval.data import ImageDataset, LazyImages, prefetch
 from marval.distributed import World, restore, whole, whole_state
+from marval.graphs import Call, Graphs, plainly
 from marval.latents import LatentDataset
 from marval.models.mar import MAR
 from marval.shipped import classifier_folder
 
 Rest = TypeVar("Rest")
 Read = TypeVar("Read")
-FREE = ("device", "shard", "accumulate", "activation_checkpointing", "compile")
+FREE = ("device", "shard", "accumulate", "activation_checkpointing", "compile", "graphs")
 """Settings that say how a run computes, not what: they may change on resume, as may the number of processes."""
 
 
@@ -244,6 +245,24 @@ def prepare(network: MAR, config: RunConfig) -> None:
         network.compile_blocks()
 
 
+def caller(config: CurveConfig, world: World) -> Call:
+    """How an update's functions are called: plainly, or as the run asks for, from CUDA graphs.
+
+    Raises:
+        ValueError: graphs without CUDA, on several processes, or with what they cannot record.
+    """
+    if not config.graphs:
+        return plainly
+    if world.device.type != "cuda":
+        raise ValueError(f"CUDA graphs need a CUDA device, but this run is on {world.device}")
+    if world.size > 1:
+        raise ValueError(f"graphs are for one process, not for {world.size}: leave --graphs out")
+    for name, off in (("accumulate", 1), ("activation_checkpointing", False)):
+        if getattr(config, name) != off:
+            raise ValueError(f"graphs do not work with {name} {getattr(config, name)}: use one of them")
+    return Graphs(world.device)
+
+
 def add_weighted(sums: dict[str, Tensor], weight: float, values: dict[str, Tensor]) -> None:
     """Add weight times each value to the sum of its name."""
     for name, value in values.items():
@@ -272,8 +291,11 @@ class Update:
     """One network's optimizer step from the gradients of its own parameters, averaged over the processes, checked and
     clipped. A loss may pass through other networks: they are left without gradients."""
 
-    def __init__(self, name: str, module: nn.Module, optimizer: torch.optim.Optimizer, config: RunConfig, world: World):
-        self.name, self.module, self.optimizer = name, module, optimizer
+    def __init__(
+        self, name: str, module: nn.Module, optimizer: torch.optim.Optimizer, config: RunConfig, world: World,
+        call: Call = plainly,
+    ):  # fmt: skip
+        self.name, self.module, self.optimizer, self.call = name, module, optimizer, call
         self.parameters = list(module.parameters())
         self.config, self.world = config, world
         self.base_lr = [group["lr"] for group in optimizer.param_groups]
@@ -295,16 +317,34 @@ class Update:
         Returns:
             What the function returned, the loss detached.
         """
-        if self.loss is None:  # sharded networks get gradients from the losses of others
-            self.optimizer.zero_grad()
+        first = self.loss is None
+        if first:
             self.loss = torch.zeros((), device=self.world.device)
-        distributed = isinstance(self.evaluate, DistributedDataParallel)
-        with contextlib.nullcontext() if last or not distributed else self.evaluate.no_sync():  # type: ignore[operator]
+
+        def both_ways(*args: Any) -> tuple[Tensor, Rest]:
+            if first:  # sharded networks get gradients from the losses of others
+                self.zero_grad()
             with autocast(self.config, self.world.device):
                 loss, rest = self.evaluate(function, *args)
             (weight * loss).backward(inputs=None if self.world.sharded else self.parameters)
-        self.loss += weight * loss.detach()
-        return loss.detach(), rest
+            return loss.detach(), rest
+
+        distributed = isinstance(self.evaluate, DistributedDataParallel)
+        with contextlib.nullcontext() if last or not distributed else self.evaluate.no_sync():  # type: ignore[operator]
+            loss, rest = self.call((self.name, function, weight), both_ways, *args)
+        assert self.loss is not None
+        self.loss += weight * loss
+        return loss, rest
+
+    def zero_grad(self) -> None:
+        """No gradients; or zeros, where graphs know their addresses."""
+        if self.call is plainly:
+            self.optimizer.zero_grad()
+            return
+        for parameter in self.parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.empty_like(parameter)
+        self.optimizer.zero_grad(set_to_none=False)
 
     def step(self, step: int, lr_factor: float = 1.0) -> Tensor:
         """Step the optimizer in update ``step``, counted from 0; returns the gradient's norm before clipping.
@@ -325,6 +365,7 @@ class Update:
         for group, lr in zip(self.optimizer.param_groups, self.base_lr, strict=True):
             group["lr"] = lr * lr_factor
         self.optimizer.step()
-        self.optimizer.zero_grad()
+        if self.call is plainly:
+            self.zero_grad()
         self.loss = None
         return norm

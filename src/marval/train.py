@@ -16,7 +16,7 @@ from marval.ema import EMA
 from marval.latents import LatentDataset
 from marval.models.mar import MAR
 from marval.pipeline import Pipeline
-from marval.run import Run, Update, add_weighted, prepare, warmup_then_cosine
+from marval.run import Run, Update, add_weighted, caller, prepare, warmup_then_cosine
 from marval.sampling import gather_tokens
 from marval.tokenizers import Tokenizer, load_tokenizer, recommended_head_width
 
@@ -98,7 +98,7 @@ def save_sample_grid(run: Run, model: Pipeline, step: int, rows: int = 4) -> Non
 def train(config: TrainConfig, out: Path, resume: bool = False) -> Pipeline:
     """Run `marval train`: returns the averaged model, which is also saved in ``out``."""
     world = connect(config.device, config.shard)
-    parts = world.parts(config.batch, config.accumulate)
+    parts, call = world.parts(config.batch, config.accumulate), caller(config, world)
     data = load_data(config.data, "train", config.image_size, config.classes)
     tokenizer = tokenizer_for(config, data)
     model = build_teacher(config, tokenizer, data.class_names).to(world.device)
@@ -111,7 +111,7 @@ def train(config: TrainConfig, out: Path, resume: bool = False) -> Pipeline:
     prepare(network, config)
     world.shard(network)
     optimizer = adamw(network, config)
-    update = Update("teacher", network, optimizer, config, world)
+    update = Update("teacher", network, optimizer, config, world, call)
     ema = EMA(network, config.ema, blank)
     run = Run(out, "train", config, resume, world)
     start = run.restore({"network": network, "ema": ema, "optimizer": optimizer}, curve.best)
