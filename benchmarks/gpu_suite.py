@@ -555,8 +555,8 @@ def stages(suite: Suite, checkout: Path | None) -> list[tuple[str, Callable[[], 
             found.append((f"{first} reference teacher batch {batch} K {k}", work, seconds))
 
         found.append(("same tokens as the reference, float32", lambda: parity(suite, code), 40))
-        theirs(1, short, (*scale.cut, scale.head_steps), 60)
-        theirs(scale.large, scale.few, (scale.head_steps,), 60)
+        theirs(1, short, (*scale.cut, scale.head_steps), 45)
+        theirs(scale.large, scale.few, (scale.head_steps,), 45)
         theirs(1, long, scale.cut, 80)
     draws(first, "student", "bf16", scale.large, scale.few, 20, 3)
     draws(first, "teacher", best, 1, short, 40, 3)
