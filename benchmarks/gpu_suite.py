@@ -615,6 +615,9 @@ def main(words: list[str] | None = None) -> dict[str, Any]:
     for name, work, seconds in planned:
         if any(fnmatch.fnmatch(name, pattern) for pattern in patterns):
             suite.run(name, work, seconds)
+    places = {name: place for place, (name, _, _) in enumerate(planned)}
+    suite.result["stages"].sort(key=lambda stage: places.get(stage["stage"], len(places)))
+    write_json(args.out, suite.result)
     return suite.result
 
 

@@ -230,18 +230,23 @@ def gpu(results: Path) -> str:
             rows.append(
                 [
                     s["size"], s["model"] + ", extrapolated" * s.get("extrapolated", False), s["mode"], s["batch"],
-                    s["ar_steps"], 1000 * s["seconds_per_image"], f"{100 * s['spread']:.1f} %", s["measurements"],
+                    s["ar_steps"], 1000 * s["seconds_per_image"],
+                    f"{100 * s['spread']:.1f} %" if s["measurements"] > 1 else None, s["measurements"],
                     ratio, s.get("over_floor"), s.get("transformer_matmul_share"),
                 ]
             )  # fmt: skip
         heads = ["", "model", "mode", "batch", "K", "ms/image", "spread", "n", "reference / this", "x floor"]
         heads.append("transformer's share of matmul rate")
-        errors = [
+        notes = [
             f"\n\nThe reference extrapolated from {s['measured_head_steps'][0]} and {s['measured_head_steps'][1]} "
             f"denoising steps where the whole chain was timed too (K = {s['ar_steps']}, batch {s['batch']}): "
             f"{100 * s['extrapolation_error']:+.1f} %."
             for s in drawn if s.get("extrapolation_error") is not None
         ]  # fmt: skip
+        same = {s["stage"]: s for s in stages if "largest_error" in s}
+        if same:
+            found = [f"{name.removeprefix('same tokens, ')} {s['largest_error']:.1g}" for name, s in same.items()]
+            notes.append(f"\n\nLargest error of a token, relative to its largest entry: {'; '.join(found)}.")
         updates = [
             [
                 s["size"], s["verb"], s["batch"], s["seconds_per_update"], s["measurements"], s["floor_seconds"],
@@ -257,8 +262,17 @@ def gpu(results: Path) -> str:
             ]:
                 ratio = one["distill all"]["seconds_per_update"] / one["distill head"]["seconds_per_update"]
                 ratios.append(f"\n\n{size}: head-only distillation makes {ratio:.2f} times the updates per second.")
+        rates = [s["rates"] for s in stages if s.get("rates")]
+        measured = [
+            f"{min(values):.3g} to {max(values):.3g}"
+            for values in zip(
+                *((r["bf16"] / 1e12, r["float32"] / 1e12, r["bandwidth"] / 1e12) for r in rates), strict=True
+            )
+        ]
         texts.append(
-            f"{device_of(result)}, {result['date']} ({link(name)}):\n\n{markdown(heads, rows)}{''.join(errors)}\n\n"
+            f"{device_of(result)}, PyTorch {result['versions']['torch']}, {result['date']} ({link(name)}); "
+            f"matrix products {measured[0]} TFLOP/s in bf16, {measured[1]} in float32, copies {measured[2]} TB/s:\n\n"
+            f"{markdown(heads, rows)}{''.join(notes)}\n\n"
             + markdown(["", "update", "batch", "seconds", "n", "floor", "x", "tokens/s", "peak GiB"], updates)
             + "".join(ratios)
         )
@@ -272,7 +286,7 @@ def tables(rate: float, results: Path = RESULTS) -> str:
         (
             "### Bytes and floor per image\n\nGB in bf16. CPU: float32 operations at "
             f"{rate / 1e12:.3g} TFLOP/s, measured by the command; H200: bf16, {H200[0] / 1e12:.0f} TFLOP/s and "
-            f"{H200[1] / 1e12:.1f} TB/s (assumed). x: measured time over the floor at the rate of the same run, where "
+            f"{H200[1] / 1e12:.1f} TB/s. x: measured time over the floor at the rate of the same run, where "
             f"there is a measurement: of whole images from the tables below, else of {sampled_steps(results)}.",
             lambda: floors(rate, over_floors(results)),
         ),

@@ -62,6 +62,27 @@ def test_imports_leave_nothing_behind(benchmark, checkout):
     assert not {"models", "models.mar", "diffusion"} & (set(sys.modules) - set(before[0]))
 
 
+def test_a_real_timm_stays(benchmark, tmp_path, monkeypatch):
+    """What it imports may be parts of PyTorch, which cannot be imported twice; stand-ins go."""
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    for name, text in {
+        "site/timm/models/vision_transformer.py": "import timm_needs\nBlock = 'real'",
+        "site/timm_needs.py": "",
+        "mar/models/mar.py": "from timm.models.vision_transformer import Block\nimport diffusion",
+        "mar/diffusion.py": "",
+    }.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    before = set(sys.modules)
+    try:
+        assert benchmark.load_code(tmp_path / "mar").Block == "real"
+        assert {"timm", "timm_needs"} <= set(sys.modules)
+        assert not {"models", "models.mar", "diffusion", "scipy"} & (set(sys.modules) - before)
+    finally:
+        for name in set(sys.modules) - before:
+            del sys.modules[name]
+
+
 def test_same_tokens(benchmark, models):
     labels = torch.tensor([3, 0])
     errors = benchmark.compare(models[0], models[1:], CONFIG, labels)

@@ -67,3 +67,24 @@ def test_errors_and_limits_are_recorded(suite, tmp_path, capsys):
     ]  # fmt: skip
     assert written[3]["skipped"] == "no time left"
     assert "seconds_per_image 1" in capsys.readouterr().out
+
+
+def test_stages_again(suite, tmp_path, capsys):
+    """They join an earlier file, or replace what it has, if they succeed."""
+    words = ["--out", str(tmp_path / "found.json"), "--preset", "tiny", "--device", "cpu"]
+    suite.main([*words, "--stages", "golden,tiny train"])
+    before = json.loads((tmp_path / "found.json").read_text())["stages"]
+    assert [stage["stage"] for stage in before] == ["rates", "tiny train", "golden"]
+    with pytest.raises(SystemExit):
+        suite.main(words)
+    assert "found.json exists: name --stages to measure again" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        suite.main([*words, "--stages", "tiny sleep"])
+    assert "--stages 'tiny sleep' is none of rates," in capsys.readouterr().err
+    suite.main([*words, "--stages", "tiny train,same tokens?*"])
+    after = json.loads((tmp_path / "found.json").read_text())["stages"]
+    assert [stage["stage"] for stage in after] == ["rates", "same tokens, bf16", "tiny train", "golden"]
+    assert after[2] != before[1]
+    assert after[3] == before[2]
+    suite.main([*words, "--stages", "tiny train", "--minutes", "0"])  # no time: what was measured stays
+    assert json.loads((tmp_path / "found.json").read_text())["stages"][1:] == after[1:]

@@ -29,7 +29,8 @@ from marval.config import MARConfig
 
 PARTS = ("encoder", "decoder", "head")
 H200 = (790e12, 4.3e12)
-"""Assumed, not measured by us: operations per second of bf16 matrix products, and bytes per second."""
+"""Operations per second of bf16 matrix products, and bytes per second; measured as 785 to 792 and 4.28 to 4.30
+(docs/performance.md)."""
 
 
 @dataclass(frozen=True)
