@@ -129,14 +129,14 @@ def load_code(checkout: Path) -> ModuleType:
     """
     if not (checkout / "models" / "mar.py").is_file():
         raise ValueError(f"{checkout} is no checkout of LTH14/mar: it has no models/mar.py")
-    before = set(sys.modules)
-    sys.modules.update(stand_ins())
+    before, added = set(sys.modules), stand_ins()
+    sys.modules.update(added)
     try:
         with patch.object(sys, "path", [str(checkout), *sys.path]):
             module = importlib.import_module("models.mar")
     finally:  # what a real timm brought along stays: torch's own modules cannot be imported twice
         for name in set(sys.modules) - before:
-            if name.split(".")[0] in ("models", "diffusion") or getattr(sys.modules[name], "__spec__", None) is None:
+            if name in added or name.split(".")[0] in ("models", "diffusion"):
                 del sys.modules[name]
     return module
 

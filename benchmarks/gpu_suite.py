@@ -4,9 +4,10 @@
 
 Stages run in the order of their importance; the file is written after each, so that a run which is killed keeps what
 it had. A stage that fails or takes too long is recorded with its error, and the next one runs. With
-`--stages "mar-b rl,mar-h*"` only these run, and replace those of an earlier file or join it; each has the date and the
-rates of its own run. Random weights; tokens, not images: neither the autoencoder nor a reward's network is timed.
-`--preset tiny --device cpu` shows in seconds that all stages run that need no CUDA (graphs, compiled blocks).
+`--stages "mar-b rl" "mar-h*"` only these run; they join an earlier file, or replace what it has if they succeed; each
+has the date and the rates of its own run. Random weights; tokens, not images: neither the autoencoder nor a reward's
+network is timed. `--preset tiny --device cpu` shows in seconds that all stages run that need no CUDA (graphs, compiled
+blocks).
 
 Sampling: ratios to the floor (marval.floor) at the rates measured in the first stage, and to the reference teacher at
 equal K, guidance 2.9 linear, 100 steps, in bf16 by autocast with its cache of weights. Training: updates of the loops'
@@ -19,6 +20,7 @@ import copy
 import dataclasses
 import fnmatch
 import gc
+import json
 import signal
 import statistics
 import sys
@@ -127,7 +129,8 @@ class Suite:
             except (Exception, TooLong) as error:
                 text = str(error).replace(str(Path.cwd()), ".").strip()
                 found = {"error": f"{type(error).__name__}: {text[:500]}"}
-        if at == len(stages) or not found.keys() & {"error", "skipped"}:
+        failed = {"error", "skipped"}
+        if at == len(stages) or not found.keys() & failed or stages[at].keys() & failed:
             took = time.perf_counter() - start
             stages[at : at + 1] = [
                 {"stage": name, **found, "date": self.result["date"], "rates": dict(self.rates), "stage_seconds": took}
@@ -590,7 +593,7 @@ def main(words: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--preset", default="full", choices=["full", "tiny"])
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     parser.add_argument("--minutes", type=float, default=8.5, help="no stage starts or goes on after this time")
-    parser.add_argument("--stages", help="names or patterns, comma-separated; OUT keeps its other stages")
+    parser.add_argument("--stages", nargs="+", help="names or patterns; OUT keeps its other stages")
     args = parser.parse_args(words)
     device = args.device
     if device == "auto":
@@ -599,16 +602,19 @@ def main(words: list[str] | None = None) -> dict[str, Any]:
     if args.out.exists():
         if args.stages is None:
             parser.error(f"{args.out} exists: name --stages to measure again, or another --out")
-        earlier = read_json(args.out)
-        before, then, now = earlier["stages"], earlier["versions"]["device"], versions(torch.device(device))["device"]
-        if then != now:
-            parser.error(f"{args.out} was measured on {then}, this is {now}: choose another --out")
+        before = read_json(args.out)["stages"]
     suite = Suite(args.out, torch.device(device), TINY if args.preset == "tiny" else FULL, args.minutes, before)
+    if args.out.exists():
+        then, now = read_json(args.out), json.loads(json.dumps(suite.result))
+        for what in ("settings", "versions"):
+            for name, value in then[what].items():
+                if value != now[what].get(name):
+                    parser.error(f"{args.out} was measured with {name} {value}, not {now[what].get(name)}: other --out")
     try:
         planned = stages(suite, args.reference)
     except ValueError as error:
         sys.exit(f"gpu_suite: {error}")
-    patterns = ["*"] if args.stages is None else ["rates", *args.stages.split(",")]
+    patterns = ["*"] if args.stages is None else ["rates", *args.stages]
     for pattern in patterns:
         if not fnmatch.filter([name for name, _, _ in planned], pattern):
             parser.error(f"--stages {pattern!r} is none of {', '.join(name for name, _, _ in planned)}")

@@ -245,8 +245,12 @@ def gpu(results: Path) -> str:
         ]  # fmt: skip
         same = {s["stage"]: s for s in stages if "largest_error" in s}
         if same:
-            found = [f"{name.removeprefix('same tokens, ')} {s['largest_error']:.1g}" for name, s in same.items()]
-            notes.append(f"\n\nLargest error of a token, relative to its largest entry: {'; '.join(found)}.")
+            names = {name: name.removeprefix("same tokens").strip(", ") for name in same}
+            found = [f"{names[name]} {s['largest_error']:.1g}" for name, s in same.items()]
+            notes.append(
+                "\n\nLargest error of a token relative to its largest entry, to our plain float32 where nothing else "
+                f"is said (golden: of conditions and of the head, against recorded ones): {'; '.join(found)}."
+            )
         updates = [
             [
                 s["size"], s["verb"], s["batch"], s["seconds_per_update"], s["measurements"], s["floor_seconds"],
@@ -264,15 +268,13 @@ def gpu(results: Path) -> str:
                 ratios.append(f"\n\n{size}: head-only distillation makes {ratio:.2f} times the updates per second.")
         rates = [s["rates"] for s in stages if s.get("rates")]
         measured = [
-            f"{min(values):.3g} to {max(values):.3g}"
-            for values in zip(
-                *((r["bf16"] / 1e12, r["float32"] / 1e12, r["bandwidth"] / 1e12) for r in rates), strict=True
-            )
+            f"{what} {min(r[key] for r in rates) / 1e12:.3g} to {max(r[key] for r in rates) / 1e12:.3g}"
+            for key, what in (("bf16", "TFLOP/s of bf16"), ("float32", "of float32"), ("bandwidth", "TB/s of copies"))
+            if rates
         ]
         texts.append(
-            f"{device_of(result)}, PyTorch {result['versions']['torch']}, {result['date']} ({link(name)}); "
-            f"matrix products {measured[0]} TFLOP/s in bf16, {measured[1]} in float32, copies {measured[2]} TB/s:\n\n"
-            f"{markdown(heads, rows)}{''.join(notes)}\n\n"
+            f"{', '.join([device_of(result), 'PyTorch ' + result['versions']['torch'], result['date'], *measured])} "
+            f"({link(name)}):\n\n{markdown(heads, rows)}{''.join(notes)}\n\n"
             + markdown(["", "update", "batch", "seconds", "n", "floor", "x", "tokens/s", "peak GiB"], updates)
             + "".join(ratios)
         )

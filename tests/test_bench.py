@@ -256,7 +256,11 @@ def test_measurements_reach_the_tables(speed_floor, tmp_path):
     theirs |= {"measured_head_steps": [5, 25, 100], "extrapolated": False, "extrapolation_error": 0.021}
     cut = {**theirs, "extrapolated": True, "extrapolation_error": None, "ar_steps": 256, "measurements": 3}
     suite = {"benchmark": "gpu_suite", "date": "2026-11-23", "machine": {"gpu": "NVIDIA H200"}}
-    suite["stages"] = [drawn, theirs, cut]
+    suite |= {"versions": {"torch": "2.11.0"}, "stages": [drawn, theirs, cut]}
+    same = {"stage": "same tokens, float32+graphs", "largest_error": 2e-5}
+    suite["stages"] += [same, {"stage": "golden", "largest_error": 3e-7}]
+    for stage, rate in zip(suite["stages"], (785e12, 792e12), strict=False):
+        stage["rates"] = {"bf16": rate, "float32": 51e12, "bandwidth": 4.3e12}
     update = {"size": "mar-b", "batch": 96, "floor_seconds": 0.1, "over_floor": 2.0, "tokens_per_second": 1e5}
     update |= {"peak_memory": 2**30, "measurements": 6}
     for verb, seconds in (("distill head", 0.2), ("distill all", 0.9)):
@@ -279,6 +283,8 @@ def test_measurements_reach_the_tables(speed_floor, tmp_path):
     assert "| mar-h | student | bf16+graphs | 1 | 16 | 12,500 | 1.3 % | 48 |" in text
     assert "| mar-b | reference teacher, extrapolated | bf16 by autocast | 1 | 256 | 12,500 | 1.3 % | 3 |" in text
     assert "from 5 and 25 denoising steps where the whole chain was timed too (K = 64, batch 1): +2.1 %." in text
+    assert "NVIDIA H200, PyTorch 2.11.0, 2026-11-23, TFLOP/s of bf16 785 to 792, of float32 51 to 51" in text
+    assert "against recorded ones): float32+graphs 2e-05; golden 3e-07." in text
     assert "| mar-b | distill head | 96 | 0.2 | 6 |" in text
     assert "mar-b: head-only distillation makes 4.50 times the updates per second" in text
     assert "2.49 times the updates per second" in text  # 13.6 s over 5.47 s

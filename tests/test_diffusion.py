@@ -224,3 +224,15 @@ def test_gradients():
     gradcheck(lambda x, y: df.eps_from_x0(SCHEDULE, x, T, y), (x_t, x0))
     gradcheck(lambda e, v, x: df.ancestral_step(SCHEDULE, e, v, x, 500, torch.ones_like(x)), (eps, v, x_t))
     gradcheck(lambda e, x: df.ddim_step(SCHEDULE, e, x, 500), (eps, x_t))
+
+
+def test_a_schedule_first_read_without_gradients_trains():
+    """It keeps what inference mode made, which must not be what a gradient saves."""
+    schedule, x0 = df.cosine_schedule(), torch.randn(3, 4, requires_grad=True)
+    t, eps = torch.tensor([0, 500, 999]), torch.randn(3, 4)
+    with torch.inference_mode():
+        first = df.q_sample(schedule, x0, t, eps)
+    again = df.q_sample(schedule, x0, t, eps)
+    again.sum().backward()
+    assert torch.equal(first, again)
+    assert_close(x0.grad, schedule.alpha[t].float()[:, None].expand(3, 4))

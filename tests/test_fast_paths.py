@@ -22,7 +22,7 @@ from marval import masking
 from marval.config import DistillConfig, MARConfig, SamplingConfig, StudentConfig, TrainConfig
 from marval.distill import distill
 from marval.distributed import World
-from marval.graphs import Graphs, plainly
+from marval.graphs import Graphs, key_of, plainly
 from marval.models.cached import CachedBackbone
 from marval.models.mar import MAR, gather_tokens
 from marval.models.packed import PackedLinear, pack_linears
@@ -247,7 +247,7 @@ class Rehearsed:
 
     def __call__(self, kind: Hashable, function: Callable[..., Any], *inputs: Any) -> Any:
         leaves, structure = tree_flatten(inputs)
-        key = (kind, *(x.shape if isinstance(x, Tensor) else x for x in leaves))
+        key = key_of(kind, leaves, structure)
         with torch.random.fork_rng(devices=[]):  # which dropout reads
             for _ in range(0 if key in self.known else 2):
                 function(*tree_unflatten([x.clone() if isinstance(x, Tensor) else x for x in leaves], structure))
@@ -277,24 +277,48 @@ def test_updates_rehearsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert kinds == [{"teacher"}, {"context", "auxiliary", "student"}]
 
 
+def test_calls_that_may_share_a_graph():
+    x, y = torch.zeros(2, 3), torch.ones(2, 3)
+
+    def key(*inputs: Any, kind: Hashable = "sum") -> Hashable:
+        return key_of(kind, *tree_flatten(inputs))
+
+    assert key(x, 1.0, {"a": (y, x)}) == key(y, 1.0, {"a": (x, x)})
+    different = [
+        key(x, 1), key(x, True), key(x, 1.0), key(1, x), key(x, x), key((x, x)), key(x, [x]), key(x[:1], 1),
+        key(x.double(), 1), key({"a": x}), key({"b": x}), key(x, 1, kind="mean"),
+    ]  # fmt: skip
+    with torch.no_grad():
+        different.append(key(x, 1))
+    assert len(set(different)) == len(different)
+
+
 @pytest.mark.parametrize(
     ("config", "world", "message"),
     [
-        ({}, World(0, 1, torch.device("cpu")), "CUDA graphs need a CUDA device, but this run is on cpu"),
+        ({}, World(0, 1, torch.device("cpu")), "graphs need a CUDA device, but this run is on cpu: leave --graphs out"),
         ({}, World(0, 2, torch.device("cuda")), "graphs are for one process, not for 2"),
-        ({"accumulate": 2}, World(0, 1, torch.device("cuda")), "graphs do not work with accumulate 2"),
-        ({"activation_checkpointing": True}, World(0, 1, torch.device("cuda")), "activation_checkpointing True"),
+        ({"accumulate": 2}, None, "graphs do not work with accumulate 2: use one of them"),
+        ({"activation_checkpointing": True}, None, "graphs do not work with activation_checkpointing True"),
     ],
 )  # fmt: skip
-def test_updates_that_graphs_cannot_record(config: dict[str, Any], world: World, message: str):
+def test_updates_that_graphs_cannot_record(config: dict[str, Any], world: World | None, message: str):
     with pytest.raises(ValueError, match=message):
-        caller(TrainConfig(graphs=True, **config), world)
-    assert caller(TrainConfig(**config), world) is plainly
+        caller(TrainConfig(graphs=True, **config), world or World(0, 1, torch.device("cuda")))
+    assert caller(TrainConfig(**config), world or World(0, 1, torch.device("cuda"))) is plainly
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
-def test_updates_from_graphs_train_the_same(tmp_path: Path):
-    common = {"device": "cuda", "precision": "float32"}
+@pytest.mark.parametrize(("precision", "tolerance"), [("float32", 1e-5), ("bf16", 1e-3)])
+def test_updates_from_graphs_train_the_same(
+    tmp_path: Path, precision: str, tolerance: float, monkeypatch: pytest.MonkeyPatch
+):
+    calls = []
+    for module in ("marval.train", "marval.distill"):
+        monkeypatch.setattr(f"{module}.caller", lambda *args: calls.append(caller(*args)) or calls[-1])
+    common = {"device": "cuda", "precision": precision}
     plain, graphed = (trained(tmp_path / str(graphs), graphs=graphs, **common) for graphs in (False, True))
+    assert calls[:2] == [plainly, plainly]
+    assert all(isinstance(call, Graphs) and len(call) > 0 for call in calls[2:])
     for name, weight in plain.items():
-        assert_close(graphed[name], weight, rtol=1e-3, atol=1e-5)
+        assert_close(graphed[name], weight, rtol=1e-3, atol=tolerance)

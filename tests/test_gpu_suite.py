@@ -72,7 +72,7 @@ def test_errors_and_limits_are_recorded(suite, tmp_path, capsys):
 def test_stages_again(suite, tmp_path, capsys):
     """They join an earlier file, or replace what it has, if they succeed."""
     words = ["--out", str(tmp_path / "found.json"), "--preset", "tiny", "--device", "cpu"]
-    suite.main([*words, "--stages", "golden,tiny train"])
+    suite.main([*words, "--stages", "golden", "tiny train"])
     before = json.loads((tmp_path / "found.json").read_text())["stages"]
     assert [stage["stage"] for stage in before] == ["rates", "tiny train", "golden"]
     with pytest.raises(SystemExit):
@@ -81,7 +81,10 @@ def test_stages_again(suite, tmp_path, capsys):
     with pytest.raises(SystemExit):
         suite.main([*words, "--stages", "tiny sleep"])
     assert "--stages 'tiny sleep' is none of rates," in capsys.readouterr().err
-    suite.main([*words, "--stages", "tiny train,same tokens?*"])
+    with pytest.raises(SystemExit):
+        suite.main(["--preset", "full", *words[:2], *words[4:], "--stages", "rates"])
+    assert "found.json was measured with sizes" in capsys.readouterr().err
+    suite.main([*words, "--stages", "tiny train", "same tokens, bf16"])
     after = json.loads((tmp_path / "found.json").read_text())["stages"]
     assert [stage["stage"] for stage in after] == ["rates", "same tokens, bf16", "tiny train", "golden"]
     assert after[2] != before[1]

@@ -166,11 +166,11 @@ class RunConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CurveConfig(RunConfig):
-    """What training and distillation share: among it the curve of quality that they can draw (marval.curve)."""
+    """Settings that training and distillation share, the curve of quality among them (marval.curve)."""
 
     graphs: bool = False
     """Launch the kernels of an update as CUDA graphs, one for each number of masked tokens: small networks, which wait
-    for the launches, train faster. For one process."""
+    for the launches, train faster. For one process; each graph keeps the inputs of a whole batch."""
     eval_every: int = 0
     """Updates between evaluations of the averaged weights: FID, KID, precision and recall on fixed seeds; the best is
     kept in best/. 0 for none. Each costs what `marval evaluate` costs: a teacher draws with the whole chain."""
@@ -189,6 +189,9 @@ class CurveConfig(RunConfig):
         for name in ("eval_every", "patience"):
             check(getattr(self, name) >= 0, f"{name} must not be negative, got {getattr(self, name)}")
         check(self.eval_images >= 2, f"eval_images must be at least 2 for a Frechet distance, got {self.eval_images}")
+        for name, off in (("accumulate", 1), ("activation_checkpointing", False)):
+            given = getattr(self, name)
+            check(not self.graphs or given == off, f"graphs do not work with {name} {given}: use one of them")
         networks = "inception, a folder of marval train-classifier, or another that marval evaluate takes"
         check(
             not self.eval_every or bool(self.features),

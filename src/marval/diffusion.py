@@ -58,8 +58,7 @@ class Schedule:
             return float(getattr(self, name)[t])
         key = name, x.device, x.dtype
         if key not in self._copies:
-            with torch.inference_mode(False):  # training may read it next
-                self._copies[key] = getattr(self, name).to(x.device, x.dtype)
+            self._copies[key] = getattr(self, name).to(x.device, x.dtype)
         return self._copies[key][t].unsqueeze(-1)
 
 

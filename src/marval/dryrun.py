@@ -51,9 +51,11 @@ Verb = Literal["train", "distill", "rl", "evaluate"]
 GIB = 2**30
 IMAGENET = 1_281_167
 """Training images of ImageNet."""
-H200_PEAK, H200_SHARE = 790e12, 0.35
-"""Matrix products of an H200 in bf16, operations per second; and the share of it that a run reaches: an assumption,
-not measured yet."""
+H200_PEAK = 790e12
+H200_SHARE: dict[Verb, float] = {"train": 0.33, "distill": 0.33, "rl": 0.22, "evaluate": 0.33}
+"""Operations per second of an H200's matrix products in bf16; and the share of it that a run reaches: measured for
+MAR-B (docs/performance.md), for evaluation a guess. RL waits for its launches: 11 % with 16 images in a process, hence
+about twice that with the 32 of the recipes on eight GPUs."""
 ALONE = World(0, 1, torch.device("cpu"))
 DRAWN = 250
 """Images of an evaluation that a process draws at a time, at most."""
@@ -532,7 +534,7 @@ def plan(
     if images_per_epoch is None and getattr(config, "classes", "") == "imagenet":
         images_per_epoch = IMAGENET
     operations = found["operations"] * images + found.get("looks", 0)  # at held-out images between updates
-    rates = {"H200": H200_SHARE * H200_PEAK * processes}
+    rates = {"H200": H200_SHARE[verb] * H200_PEAK * processes}
     if this_machine:
         rates = {"this machine": matmul_rate(), **rates}
     return {
@@ -610,7 +612,7 @@ def table(plan: dict[str, Any]) -> str:
     ]
     for name, entry in plan["time"].items():
         if name == "H200":
-            how = f"{processes} on H200, each at {H200_SHARE:.0%} of {H200_PEAK / 1e12:.0f} TFLOP/s (assumed)"
+            how = f"{processes} on H200, each at {H200_SHARE[plan['verb']]:.0%} of {H200_PEAK / 1e12:.0f} TFLOP/s"
         else:
             how = f"this machine alone at its measured {entry['rate'] / 1e12:.3g} TFLOP/s of matrix products"
         lines.append(f"  time         {_duration(entry['seconds'])} with {how}")

@@ -1,11 +1,12 @@
 """Named runs. Each docstring says what to expect, on what hardware, in what time.
 
 The recipes of ImageNet 256x256 name data and tokenizer by placeholders (--data, --tokenizer; docs/imagenet.md). Their
-expected times are those of `marval VERB RECIPE --dry-run --processes 8`: 8 H200 at 35 % of 790 TFLOP/s in bf16. The
-share is an assumption; we have not run them.
+expected times are those of `marval VERB RECIPE --dry-run --processes 8`: 8 H200 at the share of their rate that we
+measured for MAR-B. We have not run them.
 
 Those of small colour pictures come in two sizes: `cifar10`, `imagenette64` and `emoji` are meant for one modern GPU, by
-our guess 20 minutes for a teacher and 8 for its student, and have not been run; the same with `-cpu` for one CPU core.
+the time of some updates a quarter of an hour for a teacher and 5 minutes for its student with --graphs, and have not
+been run to their end; the same with `-cpu` for one CPU core.
 They save often and a teacher's checkpoint.pt takes 16 bytes per parameter, about 40 MB (a student's 28), so a run
 can be cut into pieces of a few minutes, on different machines: go on with --resume.
 """
@@ -388,7 +389,7 @@ def imagenet_evaluation() -> EvaluateConfig:
 def imagenet256_b_teacher() -> TrainConfig:
     """MAR-B from scratch.
 
-    The authors' model: FID 2.31, IS 281.7 (MAR's README, 256 AR steps, w = 2.9 linear). Dry run: 2.2 days.
+    The authors' model: FID 2.31, IS 281.7 (MAR's README, 256 AR steps, w = 2.9 linear). Dry run: 2.4 days.
     """
     return imagenet_teacher("mar-b", 2.9)
 
@@ -396,7 +397,7 @@ def imagenet256_b_teacher() -> TrainConfig:
 def imagenet256_l_teacher() -> TrainConfig:
     """MAR-L from scratch.
 
-    The authors' model: FID 1.78, IS 296.0 (MAR's README, 256 AR steps, w = 3.0 linear). Dry run: 4.9 days.
+    The authors' model: FID 1.78, IS 296.0 (MAR's README, 256 AR steps, w = 3.0 linear). Dry run: 5.2 days.
     On 8 H200 with ``--accumulate 2``.
     """
     return imagenet_teacher("mar-l", 3.0)
@@ -405,41 +406,41 @@ def imagenet256_l_teacher() -> TrainConfig:
 def imagenet256_h_teacher() -> TrainConfig:
     """MAR-H from scratch.
 
-    The authors' model: FID 1.55, IS 303.7 (MAR's README, 256 AR steps, w = 3.2 linear). Dry run: 9.8 days.
+    The authors' model: FID 1.55, IS 303.7 (MAR's README, 256 AR steps, w = 3.2 linear). Dry run: 10.4 days.
     On 8 H200 with ``--accumulate 4``.
     """
     return imagenet_teacher("mar-h", 3.2)
 
 
 def imagenet256_b_student() -> DistillConfig:
-    """`imagenet_student` of MAR-B. The paper's: FID 3.06, IS 220.2. Dry run: 1.4 hours."""
+    """`imagenet_student` of MAR-B. The paper's: FID 3.06, IS 220.2. Dry run: 1.5 hours."""
     return imagenet_student()
 
 
 def imagenet256_l_student() -> DistillConfig:
-    """`imagenet_student` of MAR-L. The paper's: FID 2.51, IS 247.1. Dry run: 3.2 hours."""
+    """`imagenet_student` of MAR-L. The paper's: FID 2.51, IS 247.1. Dry run: 3.4 hours."""
     return imagenet_student()
 
 
 def imagenet256_h_student() -> DistillConfig:
-    """`imagenet_student` of MAR-H. The paper's: FID 2.00, IS 256.3. Dry run: 6.4 hours."""
+    """`imagenet_student` of MAR-H. The paper's: FID 2.00, IS 256.3. Dry run: 6.8 hours."""
     return imagenet_student()
 
 
 def imagenet256_b_aligned() -> RLConfig:
-    """`imagenet_aligned` of the B student. We know of no number of the paper for B. Dry run: 14 hours."""
+    """`imagenet_aligned` of the B student. We know of no number of the paper for B. Dry run: 23 hours."""
     return imagenet_aligned()
 
 
 def imagenet256_l_aligned() -> RLConfig:
-    """`imagenet_aligned` of the L student. We know of no number of the paper for L. Dry run: 33 hours."""
+    """`imagenet_aligned` of the L student. We know of no number of the paper for L. Dry run: 2.2 days."""
     return imagenet_aligned()
 
 
 def imagenet256_h_aligned() -> RLConfig:
     """`imagenet_aligned` of the H student.
 
-    The paper's: CLIP 29.33 -> 29.78, ImageReward -0.107 -> -0.064. Dry run: 2.6 days.
+    The paper's: CLIP 29.33 -> 29.78, ImageReward -0.107 -> -0.064. Dry run: 4.1 days.
     """
     return imagenet_aligned()
 

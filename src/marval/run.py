@@ -249,17 +249,14 @@ def caller(config: CurveConfig, world: World) -> Call:
     """How an update's functions are called: plainly, or as the run asks for, from CUDA graphs.
 
     Raises:
-        ValueError: graphs without CUDA, on several processes, or with what they cannot record.
+        ValueError: graphs without CUDA, or on several processes.
     """
     if not config.graphs:
         return plainly
     if world.device.type != "cuda":
-        raise ValueError(f"CUDA graphs need a CUDA device, but this run is on {world.device}")
+        raise ValueError(f"graphs need a CUDA device, but this run is on {world.device}: leave --graphs out")
     if world.size > 1:
         raise ValueError(f"graphs are for one process, not for {world.size}: leave --graphs out")
-    for name, off in (("accumulate", 1), ("activation_checkpointing", False)):
-        if getattr(config, name) != off:
-            raise ValueError(f"graphs do not work with {name} {getattr(config, name)}: use one of them")
     return Graphs(world.device)
 
 
@@ -331,7 +328,7 @@ class Update:
 
         distributed = isinstance(self.evaluate, DistributedDataParallel)
         with contextlib.nullcontext() if last or not distributed else self.evaluate.no_sync():  # type: ignore[operator]
-            loss, rest = self.call((self.name, function, weight), both_ways, *args)
+            loss, rest = self.call((self.name, function, weight, first), both_ways, *args)
         assert self.loss is not None
         self.loss += weight * loss
         return loss, rest
@@ -343,7 +340,7 @@ class Update:
             return
         for parameter in self.parameters:
             if parameter.grad is None:
-                parameter.grad = torch.empty_like(parameter)
+                parameter.grad = torch.zeros_like(parameter)
         self.optimizer.zero_grad(set_to_none=False)
 
     def step(self, step: int, lr_factor: float = 1.0) -> Tensor:
