@@ -605,11 +605,15 @@ def main(words: list[str] | None = None) -> dict[str, Any]:
         before = read_json(args.out)["stages"]
     suite = Suite(args.out, torch.device(device), TINY if args.preset == "tiny" else FULL, args.minutes, before)
     if args.out.exists():
-        then, now = read_json(args.out), json.loads(json.dumps(suite.result))
-        for what in ("settings", "versions"):
-            for name, value in then[what].items():
-                if value != now[what].get(name):
-                    parser.error(f"{args.out} was measured with {name} {value}, not {now[what].get(name)}: other --out")
+        then, now = (
+            {name: result["versions"][name] for name in ("device", "torch")} | result["settings"]
+            for result in (read_json(args.out), json.loads(json.dumps(suite.result)))
+        )
+        for name, value in then.items():
+            if value != now.get(name):
+                parser.error(
+                    f"{args.out} was measured with {name} {value}, this is {now.get(name)}: choose another --out"
+                )
     try:
         planned = stages(suite, args.reference)
     except ValueError as error:
