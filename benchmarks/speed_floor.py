@@ -83,7 +83,8 @@ def sampled_steps(results: Path) -> str:
     if not found:
         return "single AR steps (`benchmarks/time_over_floor.py`), not measured yet"
     name, result = found[0]
-    on = f"{result['machine']['cpu']}, {result['machine']['threads']} threads, {result['date']}"
+    dates = sorted({row.get("date", result["date"]) for row in result["rows"]})
+    on = f"{result['machine']['cpu']}, {result['machine']['threads']} threads, {' and '.join(dates)}"
     return f"single AR steps (`{result['command']}`; {on}, {link(name)})"
 
 

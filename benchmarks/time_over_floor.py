@@ -93,7 +93,7 @@ def main(words: list[str] | None = None) -> None:
             if (size, k, batch, role) in there or k > SIZES[size].num_tokens:
                 continue
             row = measure(models[role], role, k, batch, args.steps, args.repeats)
-            rows.append({"size": size, **row})
+            rows.append({"size": size, **row, "date": time.strftime("%Y-%m-%d")})
             result |= {
                 "command": f"python benchmarks/time_over_floor.py benchmarks/results/{args.out.name}",
                 "date": time.strftime("%Y-%m-%d"), "machine": machine(DEVICE), "versions": versions(DEVICE),
