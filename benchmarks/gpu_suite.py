@@ -94,7 +94,7 @@ class TooLong(Exception):
 class Suite:
     """Runs stages and keeps what they found."""
 
-    def __init__(self, out: Path, device: torch.device, scale: Scale, minutes: float, before: list[Any] | None = None):
+    def __init__(self, out: Path, device: torch.device, scale: Scale, minutes: float):
         self.out, self.device, self.scale = out, device, scale
         self.end = time.perf_counter() + 60 * minutes
         self.stage_end = self.end
@@ -102,7 +102,7 @@ class Suite:
         self.result: dict[str, Any] = {
             "benchmark": "gpu_suite", "date": time.strftime("%Y-%m-%d"), "machine": machine(device),
             "versions": versions(device), "settings": {"guidance": GUIDANCE, **dataclasses.asdict(scale)},
-            "command": "python benchmarks/gpu_suite.py", "stages": before or [],
+            "command": "python benchmarks/gpu_suite.py", "stages": [],
         }  # fmt: skip
         self._network: tuple[str, MAR] | None = None
 
@@ -598,16 +598,15 @@ def main(words: list[str] | None = None) -> dict[str, Any]:
     device = args.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    before = []
+    suite = Suite(args.out, torch.device(device), TINY if args.preset == "tiny" else FULL, args.minutes)
     if args.out.exists():
         if args.stages is None:
             parser.error(f"{args.out} exists: name --stages to measure again, or another --out")
-        before = read_json(args.out)["stages"]
-    suite = Suite(args.out, torch.device(device), TINY if args.preset == "tiny" else FULL, args.minutes, before)
-    if args.out.exists():
+        earlier = read_json(args.out)
+        suite.result["stages"] = earlier["stages"]
         then, now = (
             {name: result["versions"][name] for name in ("device", "torch")} | result["settings"]
-            for result in (read_json(args.out), json.loads(json.dumps(suite.result)))
+            for result in (earlier, json.loads(json.dumps(suite.result)))
         )
         for name, value in then.items():
             if value != now.get(name):

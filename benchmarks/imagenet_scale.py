@@ -42,7 +42,7 @@ from marval.__main__ import main as marval
 from marval.checkpoint import load_tensors, read_json, write_json
 from marval.config import PRESETS, EvaluateConfig, MARConfig, RunConfig, StudentConfig
 from marval.distill import distill
-from marval.dryrun import GIB, matmul_rate, plan
+from marval.dryrun import GIB, machine_rate, plan
 from marval.models import blip
 from marval.models.mar import MAR
 from marval.pipeline import Pipeline
@@ -467,7 +467,7 @@ def benchmark(
     Returns:
         The rows of ``out``, and errors of stages that ran again.
     """
-    rate = call(matmul_rate)
+    rate = call(machine_rate)
     about: dict[str, Any] = {
         "date": time.strftime("%Y-%m-%d"), "versions": call(versions, torch.device(device)), "matmul_rate": rate,
         "memory_limit": LIMIT if device == "cuda" else None,

@@ -23,7 +23,7 @@ from marval.config import (
 )
 from marval.costs import Work
 from marval.distill import distill
-from marval.dryrun import matmul_rate, plan, table
+from marval.dryrun import machine_rate, plan, table
 from marval.models.lora import adapt
 from marval.models.mar import MAR
 from marval.rl import rl
@@ -287,7 +287,7 @@ def test_autoencoder_is_that_of_the_recipe_or_of_the_folder():
 
 def test_rate_of_this_machine():
     start = time.perf_counter()
-    rate = matmul_rate(0.1)
+    rate = machine_rate()
     assert time.perf_counter() - start < 5
     x = torch.ones(512, 512)
     begin = time.perf_counter()

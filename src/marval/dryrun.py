@@ -8,7 +8,6 @@ import dataclasses
 import functools
 import math
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -36,6 +35,7 @@ from marval.diffusion import cosine_schedule, respace
 from marval.distributed import World
 from marval.ema import EMA
 from marval.features import BATCH
+from marval.floor import H200, matmul_rate
 from marval.importing import KL16
 from marval.matching import ScoreMatching, copy_auxiliary, copy_network, own_part, with_head, with_part
 from marval.models.autoencoders import KL, TAESD
@@ -51,11 +51,10 @@ Verb = Literal["train", "distill", "rl", "evaluate"]
 GIB = 2**30
 IMAGENET = 1_281_167
 """Training images of ImageNet."""
-H200_PEAK = 790e12
 H200_SHARE: dict[Verb, float] = {"train": 0.33, "distill": 0.33, "rl": 0.22, "evaluate": 0.33}
-"""Operations per second of an H200's matrix products in bf16; and the share of it that a run reaches: measured for
-MAR-B (docs/performance.md), for evaluation a guess. RL waits for its launches: 11 % with 16 images in a process, hence
-about twice that with the 32 of the recipes on eight GPUs."""
+"""Share of the rate of its matrix products in bf16 that a run reaches on an H200: measured for MAR-B
+(docs/performance.md), for evaluation a guess. RL waits for its launches: 11 % with 16 images in a process, hence about
+twice that with the 32 of the recipes on eight GPUs."""
 ALONE = World(0, 1, torch.device("cpu"))
 DRAWN = 250
 """Images of an evaluation that a process draws at a time, at most."""
@@ -534,9 +533,9 @@ def plan(
     if images_per_epoch is None and getattr(config, "classes", "") == "imagenet":
         images_per_epoch = IMAGENET
     operations = found["operations"] * images + found.get("looks", 0)  # at held-out images between updates
-    rates = {"H200": H200_SHARE[verb] * H200_PEAK * processes}
+    rates = {"H200": H200_SHARE[verb] * H200[0] * processes}
     if this_machine:
-        rates = {"this machine": matmul_rate(), **rates}
+        rates = {"this machine": machine_rate(), **rates}
     return {
         "verb": verb, "processes": processes, "sharded": sharded, "precision": settings.precision,
         "parameters": found["parameters"], "memory": memory,
@@ -556,21 +555,10 @@ def _batch(verb: Verb, config: Any, processes: int) -> tuple[int, int]:
     return config.batch, config.accumulate
 
 
-def matmul_rate(seconds: float = 1.0) -> float:
+def machine_rate() -> float:
     """Operations per second of matrix products here: bf16 on a CUDA GPU, float32 on the CPU; measured."""
     cuda = torch.cuda.is_available()
-    size = 8192 if cuda else 1024
-    device, dtype = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)
-    x = torch.ones(size, size, device=device, dtype=dtype)
-    torch.mm(x, x)
-    done, start = 0, time.perf_counter()
-    while time.perf_counter() - start < seconds:
-        for _ in range(4):
-            torch.mm(x, x)
-        done += 4
-        if cuda:
-            torch.cuda.synchronize()
-    return done * 2 * size**3 / (time.perf_counter() - start)
+    return matmul_rate(torch.device("cuda" if cuda else "cpu"), torch.bfloat16 if cuda else torch.float32)
 
 
 def _duration(seconds: float) -> str:
@@ -612,7 +600,7 @@ def table(plan: dict[str, Any]) -> str:
     ]
     for name, entry in plan["time"].items():
         if name == "H200":
-            how = f"{processes} on H200, each at {H200_SHARE[plan['verb']]:.0%} of {H200_PEAK / 1e12:.0f} TFLOP/s"
+            how = f"{processes} on H200, each at {H200_SHARE[plan['verb']]:.0%} of {H200[0] / 1e12:.0f} TFLOP/s"
         else:
             how = f"this machine alone at its measured {entry['rate'] / 1e12:.3g} TFLOP/s of matrix products"
         lines.append(f"  time         {_duration(entry['seconds'])} with {how}")
