@@ -12,7 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from marval.config import MARConfig, SamplingConfig
-from marval.models.packed import PackedLinear
+from marval.models.cpu import OneDNNLinear
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = SamplingConfig(ar_steps=4, head_steps=5, guidance=2.9, guidance_schedule="linear")
@@ -158,7 +158,7 @@ def test_fast_ones_leave_the_network_alone(benchmark):
         made = benchmark.pipelines(network, 2.9, **settings)
         assert made["teacher"].network is made["student"].network
         assert made["teacher"].network is not network
-        packed = any(isinstance(module, PackedLinear) for module in made["teacher"].network.modules())
+        packed = any(isinstance(module, OneDNNLinear) for module in made["teacher"].network.modules())
         assert packed == ("compile" not in settings)
         same = made["teacher"].network.mask_token.data_ptr() == network.mask_token.data_ptr()
         assert same == ("dtype" not in settings)

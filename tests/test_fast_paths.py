@@ -23,9 +23,10 @@ from marval.config import DistillConfig, MARConfig, SamplingConfig, StudentConfi
 from marval.distill import distill
 from marval.distributed import World
 from marval.graphs import Graphs, key_of, plainly
+from marval.models import cpu
 from marval.models.cached import CachedBackbone
+from marval.models.cpu import OneDNNLinear, use_onednn
 from marval.models.mar import MAR, gather_tokens
-from marval.models.packed import PackedLinear, pack_linears
 from marval.pipeline import Pipeline
 from marval.rng import ImageNoise, generator
 from marval.run import caller
@@ -163,12 +164,10 @@ def test_bf16_weights(folder):
         Pipeline.load(folder(), dtype="half")  # type: ignore[arg-type]
 
 
-def test_packed_linears():
+def test_packed_linears(monkeypatch):
+    monkeypatch.setattr(cpu, "PACKED", 32 * 32)
     plain, packed = network(), network()
-    pack_linears(packed, smallest=32 * 32)
-    kinds = [type(packed.get_submodule(f"decoder_blocks.0.{name}")) for name in ("attn.qkv", "mlp.fc1", "mlp.fc2")]
-    assert kinds == [PackedLinear] * 3
-    assert type(packed.z_proj) is torch.nn.Linear
+    use_onednn(packed)
     tokens, orders, labels = states()
     visible, target = asked(orders, 1)
     with torch.inference_mode():
@@ -186,6 +185,50 @@ def test_packed_linears():
         assert_close(found, expected, rtol=1e-5, atol=1e-5)
         packed.to_bf16()
         assert packed.condition(tokens, visible, labels, target).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "shape"), [(12, 20, (6, 5)), (20, 12, (6, 5)), (512, 256, (2,)), (12, 20, (0, 5))]
+)
+def test_onednn_linear(monkeypatch, inputs, outputs, shape):
+    """Small and large weights, many rows and none: the numbers and gradients of PyTorch's layer."""
+    monkeypatch.setattr(cpu, "WORK", 1)
+    called, original = [], cpu.product
+    monkeypatch.setattr(cpu, "product", lambda *args: called.append(len(args)) or original(*args))
+    for bias in (True, False):
+        plain = torch.nn.Linear(inputs, outputs, bias=bias)
+        fast = copy.deepcopy(plain)
+        use_onednn(fast)
+        assert type(fast) is OneDNNLinear
+        x, out_gradient = (torch.randn(*shape, n) for n in (inputs, outputs))
+        found = []
+        for layer in (plain, fast):
+            mine = x.clone().requires_grad_()
+            y = layer(mine)
+            found.append((y, *torch.autograd.grad(y, [mine, *layer.parameters()], out_gradient)))
+        assert_close(found[1], found[0], rtol=1e-5, atol=1e-5)
+        fast.requires_grad_(False)  # a teacher: the gradient passes through
+        mine = x.clone().requires_grad_()
+        assert_close(torch.autograd.grad(fast(mine), mine, out_gradient)[0], found[0][1], rtol=1e-5, atol=1e-5)
+        with torch.no_grad():
+            assert_close(fast(x), found[0][0].detach(), rtol=1e-5, atol=1e-5)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert fast(x).dtype == torch.bfloat16
+    assert len(called) == (12 if 0 not in shape else 0)
+
+
+def test_attention_in_bf16_on_the_cpu():
+    exact = [torch.randn(2, 3, n, 8, requires_grad=True) for n in (5, 7, 7)]
+    half = [x.detach().bfloat16().requires_grad_() for x in exact]
+    out, expected = cpu.attention(*half), cpu.attention(*exact)
+    assert out.dtype == torch.bfloat16
+    assert_close(out.float(), expected, rtol=0.05, atol=0.02)
+    found = torch.autograd.grad(out.float().square().sum(), half)
+    for a, b in zip(found, torch.autograd.grad(expected.square().sum(), exact), strict=True):
+        assert_close(a.float(), b, rtol=0.1, atol=0.05)
+    with torch.random.fork_rng(devices=[]):
+        mean = torch.stack([cpu.attention(*half, dropout=0.5) for _ in range(2000)]).float().mean(0)
+    assert_close(mean, expected, rtol=0.1, atol=0.15)
 
 
 def test_recorded_functions_read_no_tensor_but_their_inputs():
@@ -210,7 +253,7 @@ def test_recorded_functions_read_no_tensor_but_their_inputs():
 @pytest.mark.filterwarnings("ignore")  # of torch's own compiler
 def test_compiled():
     plain, compiled = model(student=True, depth=1), model(student=True, depth=1).accelerate(compile=True)
-    assert not any(isinstance(layer, PackedLinear) for layer in compiled.network.modules())  # the compiler refuses them
+    assert not any(isinstance(layer, OneDNNLinear) for layer in compiled.network.modules())  # the compiler refuses them
     assert_close(compiled.sample_tokens([0, 1], seed=1), plain.sample_tokens([0, 1], seed=1), rtol=1e-4, atol=1e-4)
 
 

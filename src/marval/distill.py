@@ -87,7 +87,7 @@ def distill(config: DistillConfig, teacher_folder: Path, out: Path, resume: bool
     tokenizer, length, num_classes = model.tokenizer, model.network.config.num_tokens, len(model.class_names)
     auxiliary = copy_auxiliary(teacher.network, config.auxiliary, config.student.guidance_range is not None)
     blank = template(model.network)
-    for network in (model.network, with_part(model.network, auxiliary)):
+    for network in (teacher.network, model.network, with_part(model.network, auxiliary)):
         prepare(network, config)
     (student,) = shard_networks(world, teacher.network, model.network)
     world.shard(auxiliary)

@@ -16,8 +16,8 @@ from marval.config import MARConfig, SamplingConfig, StudentConfig, check, from_
 from marval.diffusion import cosine_schedule, respace
 from marval.graphs import Call, Graphs, plainly
 from marval.models.autoencoders import CONFIG, link_autoencoder
+from marval.models.cpu import use_onednn
 from marval.models.mar import MAR
-from marval.models.packed import pack_linears
 from marval.rng import ImageNoise
 from marval.shipped import autoencoder_folder, model_folder
 from marval.tokenizers import (
@@ -89,15 +89,16 @@ class Pipeline:
     def accelerate(self, graphs: bool = False, compile: bool = False) -> "Pipeline":
         """Sample faster, with the same images up to rounding.
 
-        On the CPU, the weights of large layers are also stored as the fastest kernels read them, which doubles the
-        memory (`marval.models.packed`). What the arguments ask for is prepared at the first call of each shape, in
-        seconds to minutes, so it pays for many images; neither helps a cached backbone (``refresh_every``).
+        On the CPU, linear layers multiply by oneDNN, and the weights of large ones are also stored as its kernels read
+        them, which doubles the memory (`marval.models.cpu`). What the arguments ask for is prepared at the first call
+        of each shape, in seconds to minutes, so it pays for many images; neither helps a cached backbone
+        (``refresh_every``).
 
         Args:
             graphs: on CUDA, record backbone and head of each AR step as CUDA graphs: at small batches the launches take
                 longer than the work. Weights may change in place, but not be replaced.
             compile: compile the blocks of transformer and head (torch.compile; needs a C++ compiler). On the CPU this
-                takes the place of the packed weights.
+                takes the place of oneDNN.
 
         Raises:
             ValueError: graphs without CUDA.
@@ -107,7 +108,7 @@ class Pipeline:
         if graphs:
             self.call = Graphs(self.device)
         if self.device.type == "cpu" and not compile:
-            pack_linears(self.network)
+            use_onednn(self.network)
         if compile:
             self.network.compile_blocks()
         return self

@@ -124,7 +124,8 @@ def align(config: RLConfig, student_folder: Path, out: Path, resume: bool, best:
     if config.anchor > 0:
         anchored = load_scores(student_folder, base.network, guidance_range is not None)
     blank_part = template(adapters) if adapters else blank.head if config.trained == "head" else blank
-    for network in (student, *([with_head(student, anchored[1])] if anchored else [])):
+    scoring = [anchored[0], with_head(student, anchored[1])] if anchored else []
+    for network in (base.network, student, *scoring):
         prepare(network, config)
     student, *teachers = shard_networks(world, base.network, student, *([anchored[0]] if anchored else []))
     model = Pipeline(student, base.tokenizer, base.class_names, sampling, base.student)

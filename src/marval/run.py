@@ -31,6 +31,7 @@ from marval.data import ImageDataset, LazyImages, prefetch
 from marval.distributed import World, restore, whole, whole_state
 from marval.graphs import Call, Graphs, plainly
 from marval.latents import LatentDataset
+from marval.models.cpu import use_onednn
 from marval.models.mar import MAR
 from marval.shipped import classifier_folder
 
@@ -239,10 +240,15 @@ def autocast(config: RunConfig, device: torch.device) -> torch.autocast:
 
 
 def prepare(network: MAR, config: RunConfig) -> None:
-    """Switch on a network, before it is sharded, what the run asks for: activation checkpointing, compiled blocks."""
+    """Switch on a network, before it is sharded, what the run asks for: activation checkpointing, compiled blocks.
+
+    On the CPU, blocks that are not compiled multiply by oneDNN (`marval.models.cpu`).
+    """
     network.activation_checkpointing = config.activation_checkpointing
     if config.compile:
         network.compile_blocks()
+    elif network.fake_latent.device.type == "cpu":
+        use_onednn(network)
 
 
 def caller(config: CurveConfig, world: World) -> Call:

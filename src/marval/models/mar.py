@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from marval.config import MARConfig
+from marval.models.cpu import attention
 from marval.models.head import DiffusionHead
 
 
@@ -34,7 +35,7 @@ class Attention(nn.Module):
 
     def join(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention of (B, heads, n, E / heads) queries to N keys and values, projected: (B, n, E)."""
-        x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
+        x = attention(q, k, v, self.dropout if self.training else 0.0)
         x = self.proj(x.transpose(1, 2).flatten(2))
         return F.dropout(x, self.dropout) if self.training and self.dropout else x
 

@@ -1,0 +1,103 @@
+"""Operations that are faster on a CPU than those which PyTorch takes there by itself.
+
+Linear layers in float32 by oneDNN. PyTorch multiplies by MKL, which leaves AMD's AVX-512 unused: oneDNN is twice as
+fast there, and as fast elsewhere. And PyTorch's linear layer rearranges its weights at every call, which is most of its
+time when the rows are few, as in the diffusion head: it draws a handful of tokens at a time. Without gradients, large
+weights are therefore also stored in the order in which oneDNN's kernels read them. PyTorch's compiler uses the same
+operators when it freezes a model.
+
+Attention in bfloat16 by plain products. The fused kernel multiplies without oneDNN: at 72 tokens it takes 7 times as
+long with its gradients (AMD EPYC, 2026-11-26).
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.parameter import Parameter
+
+PACKED = 1 << 17
+"""Entries of a weight from which a packed copy of it pays."""
+WORK = 3 << 19
+"""Multiplications of a product from which a call of oneDNN pays; below, it costs more than it saves."""
+ROWS = 16
+"""Rows that the packing expects; any number works."""
+
+
+def product(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """input (..., I) times weight (O, I), packed or with any strides, plus bias (O,): (..., O)."""
+    return torch.ops.mkldnn._linear_pointwise(input.contiguous(), weight, bias, "none", [], "")
+
+
+class _Linear(torch.autograd.Function):
+    """`product` with its gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(input, weight)
+        return product(input, weight, bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # type: ignore[override]
+        input, weight = ctx.saved_tensors
+        rows, x = gradient.flatten(0, -2), input.flatten(0, -2)
+        of_input = product(gradient, weight.t()) if ctx.needs_input_grad[0] else None
+        of_weight = None
+        if ctx.needs_input_grad[1]:  # the narrower of the two is copied into the order that oneDNN reads
+            narrow = x.shape[1] < rows.shape[1]
+            of_weight = product(x.t(), rows.t()).t() if narrow else product(rows.t(), x.t())
+        return of_input, of_weight, rows.sum(0) if ctx.needs_input_grad[2] else None
+
+
+class OneDNNLinear(nn.Linear):
+    """A `nn.Linear` that multiplies by oneDNN in float32 on the CPU.
+
+    The packed copy of a large weight is made at the first call without gradients, and again after the weight was
+    changed or replaced.
+    """
+
+    _copy: tuple[tuple[int, int], Tensor] | None = None
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight, bias = self.weight, self.bias
+        exact = input.dtype == torch.float32 == weight.dtype and not torch.is_autocast_enabled("cpu")
+        if not exact or type(weight) is not Parameter or weight.device.type != "cpu":
+            return super().forward(input)
+        packs = weight.numel() >= PACKED and not torch.is_grad_enabled()
+        if not packs and input.numel() * self.out_features < WORK:
+            return super().forward(input)
+        if torch.is_grad_enabled():
+            return _Linear.apply(input, weight, bias)  # type: ignore[return-value]
+        return product(input, self._packed() if packs else weight, bias)
+
+    def _packed(self) -> Tensor:
+        weight = self.weight
+        mark = (weight.data_ptr(), 0 if weight.is_inference() else weight._version)
+        if self._copy is None or self._copy[0] != mark:
+            self._copy = mark, torch.ops.mkldnn._reorder_linear_weight(weight.detach(), ROWS)
+        return self._copy[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_copy": None}  # it can be neither copied nor saved
+
+
+def use_onednn(module: nn.Module) -> None:
+    """Turn every linear layer below the module into a `OneDNNLinear`; names and weights stay.
+
+    Sampling doubles the memory of large layers. Where PyTorch comes without oneDNN, nothing happens.
+    """
+    if not torch.backends.mkldnn.is_available():
+        return
+    for layer in module.modules():
+        if type(layer) is nn.Linear:
+            layer.__class__ = OneDNNLinear
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
+    """Of (..., n, C) queries to (..., N, C) keys and values: (..., n, C)."""
+    if q.device.type != "cpu" or q.dtype != torch.bfloat16:
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+    weights = torch.softmax(q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1), dim=-1)
+    return (F.dropout(weights, dropout) if dropout else weights) @ v
