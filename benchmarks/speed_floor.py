@@ -217,6 +217,26 @@ def training(results: Path) -> str:
     return text
 
 
+def cpu_training(results: Path) -> str:
+    """Table of updates by PyTorch's own operations and by ours."""
+    texts = []
+    for name, result in read(results, "cpu_training"):
+        rows = [
+            [
+                row["recipe"], row["verb"], row["batch"], "bf16" if row["precision"] == "bf16" else "float32",
+                1000 * row["pytorch"], 1000 * row["marval"], row["pytorch"] / row["marval"], row["updates"],
+            ]
+            for row in result["rows"]
+        ]  # fmt: skip
+        heads = ["recipe", "", "batch", "precision", "ms by PyTorch's", "ms by ours", "PyTorch's / ours", "n"]
+        m = result["machine"]
+        texts.append(
+            f"`{result['command']}`; {m['cpu']}, {m['threads']} threads, {result['date']} ({link(name)}):\n\n"
+            + markdown(heads, rows)
+        )
+    return "\n\n".join(texts) or "Not measured yet."
+
+
 def gpu(results: Path) -> str:
     """Tables of what the GPU suite found."""
     texts = []
@@ -297,6 +317,7 @@ def tables(rate: float, results: Path = RESULTS) -> str:
         ("### Small models", lambda: small_models(results)),
         ("### What faster sampling costs", lambda: quality(results)),
         ("### Training", lambda: training(results)),
+        ("### Training small models on a CPU", lambda: cpu_training(results)),
         ("### On a GPU", lambda: gpu(results)),
     ]  # fmt: skip
     return "\n\n".join(f"{head}\n\n{table()}" for head, table in sections)

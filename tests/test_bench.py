@@ -304,3 +304,13 @@ def test_single_ar_steps_over_their_floor(tmp_path):
     assert all(row["over_floor"] > 1 and row["measured_ar_steps"] == [2, 8, 13] for row in rows)
     script.main(words)  # nothing is measured twice
     assert out.read_text() == first
+
+
+def test_training_by_pytorchs_operations_and_by_ours(tmp_path, speed_floor):
+    tiny.benchmark("cpu_training").main([str(tmp_path / "cpu.json"), "--updates", "2", "--rounds", "1"])
+    rows = json.loads((tmp_path / "cpu.json").read_text())["rows"]
+    assert [(row["recipe"], row["verb"], row["updates"]) for row in rows] == [
+        ("digits", verb, 2) for verb in ("train", "distill")
+    ]
+    assert all(row[way] > 0 for row in rows for way in ("pytorch", "marval"))
+    assert "| digits | distill | 64 | float32 |" in speed_floor.cpu_training(tmp_path)

@@ -107,17 +107,18 @@ def fashion_mnist_evaluation() -> EvaluateConfig:
     return EvaluateConfig(num_images=10_000, reference="data/fashion-mnist.npz:train")
 
 
-def pictures_teacher(data: str, **changes: Any) -> TrainConfig:
+def pictures_teacher(data: str, guidance: float, **changes: Any) -> TrainConfig:
     """Teachers of small colour pictures, 64 tokens, on one GPU: 160 wide, 2+2 blocks, head 6x192; 2.6 M parameters.
 
     The deeper the head and the shallower the backbone, the more one evaluation of the head saves against 100. With
     --graphs an update of CIFAR-10 takes 27 ms on an H200: 30,000 would take 14 minutes (docs/LOG.md, 2026-11-26).
+    The guidance is the scale with the lowest FID to the training split of the models that a CPU trained.
     """
     config = TrainConfig(
         data=data, patch_size=4, flip=True, steps=30_000, batch=512, lr=1e-3, warmup=1_000, ema=0.9995,
         head_batch_mul=4, mask_ratios="inference", save_every=1_000, sample_every=5_000, log_every=100,
         model=MARConfig(width=160, depth=2, heads=5, buffer_size=8, head_width=192, head_depth=6),
-        sampling=SamplingConfig(ar_steps=16, guidance=1.5, head_steps=100),
+        sampling=SamplingConfig(ar_steps=16, guidance=guidance, head_steps=100),
     )  # fmt: skip
     return dataclasses.replace(config, **changes)
 
@@ -130,7 +131,7 @@ def pictures_teacher_on_cpu(config: TrainConfig, **changes: Any) -> TrainConfig:
     return dataclasses.replace(config, **{**run, **often, **changes})
 
 
-def pictures_student(data: str) -> DistillConfig:
+def pictures_student(data: str, guidance: float) -> DistillConfig:
     """Their one-step students on one GPU, for every guidance scale in 1..3: backbone and head.
 
     The auxiliary is a whole network, which costs half as much work again: with a head alone Fashion-MNIST and emoji had
@@ -140,14 +141,15 @@ def pictures_student(data: str) -> DistillConfig:
     return DistillConfig(
         data=data, flip=True, auxiliary="network", steps=10_000, batch=256, ar_steps=16, ema=0.999, warmup=100,
         save_every=500, sample_every=2_500, log_every=50,
-        student=StudentConfig(guidance=1.5, guidance_range=(1.0, 3.0)), gsim=GSIMConfig(lr=2e-4, auxiliary_lr=4e-4),
+        student=StudentConfig(guidance=guidance, guidance_range=(1.0, 3.0)),
+        gsim=GSIMConfig(lr=2e-4, auxiliary_lr=4e-4),
     )  # fmt: skip
 
 
-def pictures_student_on_cpu(data: str) -> DistillConfig:
+def pictures_student_on_cpu(data: str, guidance: float) -> DistillConfig:
     """The same on a CPU core."""
     return dataclasses.replace(
-        pictures_student(data), steps=4_500, batch=64, ema=0.995, warmup=20, save_every=100, sample_every=500,
+        pictures_student(data, guidance), steps=4_500, batch=64, ema=0.995, warmup=20, save_every=100, sample_every=500,
         log_every=20, precision="bf16", gsim=GSIMConfig(lr=3e-4, auxiliary_lr=6e-4),
     )  # fmt: skip
 
@@ -173,7 +175,7 @@ def cifar10_teacher() -> TrainConfig:
 
     Run so far: 8,883 updates of 256, in 112 seconds (docs/results.md). The data: benchmarks/prepare_data.py.
     """
-    return pictures_teacher("data/cifar10.npz")
+    return pictures_teacher("data/cifar10.npz", guidance=3.0)
 
 
 def latents_teacher_on_cpu(config: TrainConfig, data: str, **changes: Any) -> TrainConfig:
@@ -202,17 +204,17 @@ def cifar10_student() -> DistillConfig:
 
     Run so far: 3,915 updates of 128, in 68 seconds (docs/results.md).
     """
-    return pictures_student("data/cifar10.npz")
+    return pictures_student("data/cifar10.npz", guidance=3.0)
 
 
-def latents_student_on_cpu(data: str) -> DistillConfig:
+def latents_student_on_cpu(data: str, guidance: float) -> DistillConfig:
     """Their one-step students: `pictures_student_on_cpu`."""
-    return dataclasses.replace(pictures_student_on_cpu(data), ar_steps=8)
+    return dataclasses.replace(pictures_student_on_cpu(data, guidance), ar_steps=8)
 
 
 def cifar10_cpu_student() -> DistillConfig:
     """One-step student of the `cifar10-cpu` teacher: 34 minutes beside two other processes (2026-11-25)."""
-    return latents_student_on_cpu("data/cifar10-latents")
+    return latents_student_on_cpu("data/cifar10-latents", guidance=3.0)
 
 
 def latents_aligned_on_cpu() -> RLConfig:
@@ -241,7 +243,7 @@ def imagenette64_teacher() -> TrainConfig:
     CIFAR-10's, and dropout.
     """
     config = pictures_teacher(
-        "data/imagenette64-latents", tokenizer="runs/taef2", patch_size=1, steps=20_000, batch=256
+        "data/imagenette64-latents", guidance=2.5, tokenizer="runs/taef2", patch_size=1, steps=20_000, batch=256
     )
     return dataclasses.replace(config, model=dataclasses.replace(config.model, dropout=0.1))
 
@@ -259,12 +261,12 @@ def imagenette64_cpu_teacher() -> TrainConfig:
 
 def imagenette64_student() -> DistillConfig:
     """One-step student of the `imagenette64` teacher, on one GPU: `pictures_student`. Not run yet."""
-    return pictures_student("data/imagenette64-latents")
+    return pictures_student("data/imagenette64-latents", guidance=2.5)
 
 
 def imagenette64_cpu_student() -> DistillConfig:
     """One-step student of the `imagenette64-cpu` teacher, on one CPU core: 52 minutes, as its teacher's 71."""
-    return dataclasses.replace(pictures_student_on_cpu("data/imagenette64-latents"), steps=3_000)
+    return dataclasses.replace(pictures_student_on_cpu("data/imagenette64-latents", guidance=2.5), steps=3_000)
 
 
 def imagenette64_evaluation() -> EvaluateConfig:
@@ -278,7 +280,7 @@ def emoji_teacher() -> TrainConfig:
     Only 1,857 pictures: few updates, dropout, and look whether the images are copies. The data:
     benchmarks/prepare_data.py, which also says why these classes.
     """
-    config = pictures_teacher("data/emoji.npz", steps=10_000, batch=128, warmup=500)
+    config = pictures_teacher("data/emoji.npz", guidance=1.5, steps=10_000, batch=128, warmup=500)
     return dataclasses.replace(config, model=dataclasses.replace(config.model, dropout=0.1))
 
 
@@ -293,13 +295,13 @@ def emoji_cpu_teacher() -> TrainConfig:
 
 def emoji_student() -> DistillConfig:
     """One-step student of the `emoji` teacher, on one GPU: `pictures_student`. Not run yet."""
-    return pictures_student("data/emoji.npz")
+    return pictures_student("data/emoji.npz", guidance=1.5)
 
 
 def emoji_cpu_student() -> DistillConfig:
     """One-step student of the `emoji-cpu` teacher: 24 minutes on one CPU core (2026-11-25; the card of
     ``emoji/student``). More updates do not help (docs/LOG.md, 2026-11-26)."""
-    return dataclasses.replace(latents_student_on_cpu("data/emoji-latents"), steps=3_000)
+    return dataclasses.replace(latents_student_on_cpu("data/emoji-latents", guidance=1.5), steps=3_000)
 
 
 def emoji_evaluation() -> EvaluateConfig:
