@@ -193,8 +193,8 @@ def latents_teacher_on_cpu(config: TrainConfig, data: str, **changes: Any) -> Tr
 def cifar10_cpu_teacher() -> TrainConfig:
     """CIFAR-10 on one CPU core (15 epochs): `latents_teacher_on_cpu`.
 
-    40 minutes beside other work, with --compile (2026-11-25; docs/results.md). Planes, ships and cars are recognised,
-    animals seldom. Of taef2's reconstructions (24 dB) 85 % are read right, of the images 92 %.
+    40 minutes beside other work, with --compile (2026-11-25; docs/results.md). Planes, ships, cars and horses are
+    recognised, smaller animals seldom. Of taef2's reconstructions (24 dB) 85 % are read right, of the images 92 %.
     """
     return latents_teacher_on_cpu(cifar10_teacher(), "data/cifar10-latents", steps=12_000)
 
@@ -251,9 +251,9 @@ def imagenette64_teacher() -> TrainConfig:
 def imagenette64_cpu_teacher() -> TrainConfig:
     """Imagenette on one CPU core (54 epochs): `imagenette64`, made smaller.
 
-    71 minutes beside two other processes, with --compile (2026-11-25; docs/results.md). Parachutes, trucks and golf
-    balls can be guessed; to ImageNet's MobileNetV2 the images are textures. Head 8x192, as teacher and student both
-    wait for the autoencoder, which on a CPU takes as long as a small backbone.
+    71 minutes beside two other processes, with --compile (2026-11-25; docs/results.md). Churches, trucks, pumps, horns
+    and parachutes are recognised, dogs and fish guessed; ImageNet's MobileNetV2 reads one in ten. Head 8x192, as
+    teacher and student both wait for the autoencoder, which on a CPU takes as long as a small backbone.
     """
     config = pictures_teacher_on_cpu(imagenette64_teacher())
     return dataclasses.replace(config, model=dataclasses.replace(config.model, dropout=0.0, head_depth=8))
