@@ -30,7 +30,7 @@ from marval.config import (
 def digits_teacher() -> TrainConfig:
     """8x8 handwritten digits as 16 tokens of 2x2 pixels: 96 wide, 2+2 blocks, head 6x64; 0.6 M parameters.
 
-    FID (classifier features) 2.05 in 1.2 minutes (README, 2026-11-26; 2 CPU cores, nothing else running).
+    FID (classifier features) 2.02 in 1.3 minutes (README, 2026-11-26; 2 CPU cores, nothing else running).
     """
     return TrainConfig(
         steps=1800, batch=64, lr=2e-3, ema=0.998, head_batch_mul=2, mask_ratios="inference", sample_every=900,
@@ -42,7 +42,7 @@ def digits_teacher() -> TrainConfig:
 def digits_student() -> DistillConfig:
     """One-step student of the digits teacher, for every guidance scale in 1..3: backbone and head.
 
-    FID (classifier features) 1.87 at w = 2 in 0.8 minutes (README, 2026-11-26; 2 CPU cores).
+    FID (classifier features) 1.77 at w = 2 in 0.7 minutes (README, 2026-11-26; 2 CPU cores).
     """
     return DistillConfig(
         steps=600, batch=64, ema=0.99, save_every=200, sample_every=300,
@@ -53,7 +53,7 @@ def digits_student() -> DistillConfig:
 def digits_aligned() -> RLConfig:
     """The digits student after RL on a classifier's log-probability of the asked digit.
 
-    Reward -0.062 -> -0.042 in 0.4 minutes (README, 2026-11-26; 2 CPU cores).
+    Reward -0.074 -> -0.044 in 0.3 minutes (README, 2026-11-26; 2 CPU cores).
     """
     return RLConfig(
         steps=60, batch=64, ema=0.9, save_every=20, sample_every=60, log_every=5,

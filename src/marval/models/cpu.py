@@ -25,9 +25,13 @@ ROWS = 16
 """Rows that the packing expects; any number works."""
 
 
-def product(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """input (..., I) times weight (O, I), packed or with any strides, plus bias (O,): (..., O)."""
-    return torch.ops.mkldnn._linear_pointwise(input.contiguous(), weight, bias, "none", [], "")
+def product(input: Tensor, weight: Tensor, bias: Tensor | None = None, then: str = "none") -> Tensor:
+    """input (..., I) times weight (O, I), packed or with any strides, plus bias (O,): (..., O).
+
+    Args:
+        then: gelu, in the same kernel, or none.
+    """
+    return torch.ops.mkldnn._linear_pointwise(input.contiguous(), weight, bias, then, [], "none")
 
 
 class _Linear(torch.autograd.Function):
@@ -61,19 +65,29 @@ class OneDNNLinear(nn.Linear):
     _copy: tuple[tuple[int, int], Tensor] | None = None
 
     def forward(self, input: Tensor) -> Tensor:
-        weight, bias = self.weight, self.bias
-        exact = input.dtype == torch.float32 == weight.dtype and not torch.is_autocast_enabled("cpu")
-        if not exact or type(weight) is not Parameter or weight.device.type != "cpu":
-            return super().forward(input)
-        packs = weight.numel() >= PACKED and not torch.is_grad_enabled()
-        if not packs and input.numel() * self.out_features < WORK:
+        weight = self._weight_for(input)
+        if weight is None:
             return super().forward(input)
         if torch.is_grad_enabled():
-            return _Linear.apply(input, weight, bias)  # type: ignore[return-value]
-        return product(input, self._packed() if packs else weight, bias)
+            return _Linear.apply(input, weight, self.bias)  # type: ignore[return-value]
+        return product(input, weight, self.bias)
 
-    def _packed(self) -> Tensor:
+    def then_gelu(self, input: Tensor) -> Tensor:
+        """GELU of `forward`; without gradients in the same kernel."""
+        weight = None if torch.is_grad_enabled() else self._weight_for(input)
+        return F.gelu(self(input)) if weight is None else product(input, weight, self.bias, "gelu")
+
+    def _weight_for(self, input: Tensor) -> Tensor | None:
+        """What oneDNN multiplies this input with, if it is worth while."""
         weight = self.weight
+        exact = input.dtype == torch.float32 == weight.dtype and not torch.is_autocast_enabled("cpu")
+        if not exact or type(weight) is not Parameter or weight.device.type != "cpu":
+            return None
+        if weight.numel() >= PACKED and not torch.is_grad_enabled():
+            return self._packed(weight)
+        return weight if input.numel() * self.out_features >= WORK else None
+
+    def _packed(self, weight: Tensor) -> Tensor:
         mark = (weight.data_ptr(), 0 if weight.is_inference() else weight._version)
         if self._copy is None or self._copy[0] != mark:
             self._copy = mark, torch.ops.mkldnn._reorder_linear_weight(weight.detach(), ROWS)

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from marval.config import MARConfig
-from marval.models.cpu import attention
+from marval.models.cpu import OneDNNLinear, attention
 from marval.models.head import DiffusionHead
 
 
@@ -57,7 +57,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         drops = self.training and self.dropout
-        x = F.gelu(self.fc1(x))
+        x = self.fc1.then_gelu(x) if isinstance(self.fc1, OneDNNLinear) else F.gelu(self.fc1(x))
         x = self.fc2(F.dropout(x, self.dropout) if drops else x)
         return F.dropout(x, self.dropout) if drops else x
 
