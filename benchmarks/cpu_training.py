@@ -2,7 +2,8 @@
 
     python benchmarks/cpu_training.py benchmarks/results/cpu_training.json --recipes digits,fashion-mnist
 
-Updates of `marval train` and `marval distill` themselves, on the recipes' own data, by one way and the other in turn.
+Updates of `marval train` and `marval distill` themselves, on the recipes' own data, by one way and the other in turn;
+the same updates by both. They differ in how many tokens are masked, which is most of the spread.
 benchmarks/speed_floor.py writes the table.
 """
 

@@ -168,7 +168,7 @@ def test_bf16_weights(folder):
 def test_packed_linears(monkeypatch):
     monkeypatch.setattr(cpu, "PACKED", 32 * 32)
     plain, packed = network(), network()
-    use_onednn(packed)
+    use_onednn(packed, pack=True)
     tokens, orders, labels = states()
     visible, target = asked(orders, 1)
     with torch.inference_mode():
@@ -199,7 +199,7 @@ def test_onednn_linear(monkeypatch, inputs, outputs, shape):
     for bias in (True, False):
         plain = torch.nn.Linear(inputs, outputs, bias=bias)
         fast = copy.deepcopy(plain)
-        use_onednn(fast)
+        use_onednn(fast, pack=True)
         assert type(fast) is OneDNNLinear
         x, out_gradient = (torch.randn(*shape, n) for n in (inputs, outputs))
         found = []
@@ -218,6 +218,20 @@ def test_onednn_linear(monkeypatch, inputs, outputs, shape):
         with torch.autocast("cpu", torch.bfloat16):
             assert fast(x).dtype == torch.bfloat16
     assert len(called) == (16 if 0 not in shape else 0)
+
+
+def test_trained_layers_are_not_packed(monkeypatch):
+    """A fused optimizer changes weights without counting their versions."""
+    monkeypatch.setattr(cpu, "PACKED", 1)
+    monkeypatch.setattr(cpu, "WORK", 1)
+    layer = torch.nn.Linear(8, 8)
+    use_onednn(layer)
+    optimizer, x = torch.optim.Adam(layer.parameters(), 0.1, fused=True), torch.randn(3, 8)
+    for _ in range(3):
+        with torch.no_grad():
+            assert_close(layer(x), F.linear(x, layer.weight, layer.bias))
+        layer(x).square().sum().backward()
+        optimizer.step()
 
 
 def test_attention_in_bf16_on_the_cpu():

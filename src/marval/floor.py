@@ -164,7 +164,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.5) 
     works: list[Callable[[], object]] = [lambda: torch.mm(a, b, out=out)]
     if device.type == "cpu" and dtype == torch.float32:
         layer = nn.Linear(size, size, bias=False).requires_grad_(False)
-        use_onednn(layer)
+        use_onednn(layer, pack=True)
         works.append(lambda: layer(a))
     with torch.inference_mode():
         return max(_per_second(work, 2 * size**3, device, seconds / len(works)) for work in works)

@@ -108,7 +108,7 @@ class Pipeline:
         if graphs:
             self.call = Graphs(self.device)
         if self.device.type == "cpu" and not compile:
-            use_onednn(self.network)
+            use_onednn(self.network, pack=True)
         if compile:
             self.network.compile_blocks()
         return self

@@ -269,6 +269,16 @@ def imagenette64_cpu_student() -> DistillConfig:
     return dataclasses.replace(pictures_student_on_cpu("data/imagenette64-latents", guidance=2.5), steps=3_000)
 
 
+def imagenette64_cpu_aligned() -> RLConfig:
+    """`pictures_aligned_on_cpu`, held more tightly: 9,469 photographs make a classifier that is easily pleased.
+
+    Held-out reward -0.276 -> -0.233, judge (``--judge mobilenet_v2*.npz``) -5.69 -> -5.56, FID (its features, training
+    split, 500 images) 252 -> 249 after 30 of 60 updates, with ``--select fid``; 10 minutes on one CPU core beside other
+    work (2026-11-26). With KL 0.03 the reward rises further, and FID over the classifier's features by 80 %.
+    """
+    return dataclasses.replace(pictures_aligned_on_cpu(), kl=0.3)
+
+
 def imagenette64_evaluation() -> EvaluateConfig:
     """10,000 images against the training photographs; features of a classifier beside the model, or --features."""
     return EvaluateConfig(num_images=10_000, reference="data/imagenette64:train")
@@ -479,7 +489,7 @@ RL = {
     "cifar10": pictures_aligned,
     "cifar10-cpu": latents_aligned_on_cpu,
     "imagenette64": pictures_aligned,
-    "imagenette64-cpu": pictures_aligned_on_cpu,
+    "imagenette64-cpu": imagenette64_cpu_aligned,
     "emoji": pictures_aligned,
     "emoji-cpu": latents_aligned_on_cpu,
     "imagenet256-b": imagenet256_b_aligned,

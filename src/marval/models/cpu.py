@@ -1,13 +1,13 @@
 """Operations that are faster on a CPU than those which PyTorch takes there by itself.
 
 Linear layers in float32 by oneDNN. PyTorch multiplies by MKL, which leaves AMD's AVX-512 unused: oneDNN is twice as
-fast there, and as fast elsewhere. And PyTorch's linear layer rearranges its weights at every call, which is most of its
-time when the rows are few, as in the diffusion head: it draws a handful of tokens at a time. Without gradients, large
-weights are therefore also stored in the order in which oneDNN's kernels read them. PyTorch's compiler uses the same
-operators when it freezes a model.
+fast there. And PyTorch's linear layer rearranges its weights at every call, which is most of its time when the rows are
+few, as in the diffusion head: it draws a handful of tokens at a time. For sampling, large weights can therefore also be
+stored in the order in which oneDNN's kernels read them. PyTorch's compiler uses the same operators when it freezes a
+model.
 
-Attention in bfloat16 by plain products. The fused kernel multiplies without oneDNN: at 72 tokens it takes 7 times as
-long with its gradients (AMD EPYC, 2026-11-26).
+Attention in bfloat16 with gradients by plain products. The fused kernel multiplies without oneDNN: at 72 tokens it
+takes 7 times as long, forward and backward (AMD EPYC, docs/LOG.md, 2026-11-26).
 """
 
 from typing import Any
@@ -39,17 +39,19 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # type: ignore[override]
-        ctx.save_for_backward(input, weight)
+        of_input, of_weight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(input if of_weight else None, weight if of_input else None)
         return product(input, weight, bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # type: ignore[override]
         input, weight = ctx.saved_tensors
-        rows, x = gradient.flatten(0, -2), input.flatten(0, -2)
-        of_input = product(gradient, weight.t()) if ctx.needs_input_grad[0] else None
+        rows = gradient.reshape(-1, gradient.shape[-1])
+        of_input = None if weight is None else product(gradient, weight.t())
         of_weight = None
-        if ctx.needs_input_grad[1]:  # the narrower of the two is copied into the order that oneDNN reads
+        if input is not None:  # the narrower of the two is copied into the order that oneDNN reads
+            x = input.reshape(-1, input.shape[-1])
             narrow = x.shape[1] < rows.shape[1]
             of_weight = product(x.t(), rows.t()).t() if narrow else product(rows.t(), x.t())
         return of_input, of_weight, rows.sum(0) if ctx.needs_input_grad[2] else None
@@ -58,10 +60,13 @@ class _Linear(torch.autograd.Function):
 class OneDNNLinear(nn.Linear):
     """A `nn.Linear` that multiplies by oneDNN in float32 on the CPU.
 
-    The packed copy of a large weight is made at the first call without gradients, and again after the weight was
-    changed or replaced.
+    Attributes:
+        packs: whether a large weight is packed, at the first call without gradients. The copy is made again when the
+            weight was replaced, or changed by an operation that counts its version; fused optimizers and FSDP count
+            none, so networks that are trained must not pack.
     """
 
+    packs = False
     _copy: tuple[tuple[int, int], Tensor] | None = None
 
     def forward(self, input: Tensor) -> Tensor:
@@ -83,7 +88,7 @@ class OneDNNLinear(nn.Linear):
         exact = input.dtype == torch.float32 == weight.dtype and not torch.is_autocast_enabled("cpu")
         if not exact or type(weight) is not Parameter or weight.device.type != "cpu":
             return None
-        if weight.numel() >= PACKED and not torch.is_grad_enabled():
+        if self.packs and weight.numel() >= PACKED and not torch.is_grad_enabled():
             return self._packed(weight)
         return weight if input.numel() * self.out_features >= WORK else None
 
@@ -97,21 +102,29 @@ class OneDNNLinear(nn.Linear):
         return {**super().__getstate__(), "_copy": None}  # it can be neither copied nor saved
 
 
-def use_onednn(module: nn.Module) -> None:
+def use_onednn(module: nn.Module, pack: bool = False) -> None:
     """Turn every linear layer below the module into a `OneDNNLinear`; names and weights stay.
 
-    Sampling doubles the memory of large layers. Where PyTorch comes without oneDNN, nothing happens.
+    Where PyTorch comes without oneDNN, nothing happens.
+
+    Args:
+        pack: for a network that is not trained: also pack large weights, which doubles their memory.
     """
     if not torch.backends.mkldnn.is_available():
         return
     for layer in module.modules():
         if type(layer) is nn.Linear:
             layer.__class__ = OneDNNLinear
+        if isinstance(layer, OneDNNLinear):
+            layer.packs = pack
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
-    """Of (..., n, C) queries to (..., N, C) keys and values: (..., n, C)."""
-    if q.device.type != "cpu" or q.dtype != torch.bfloat16:
+    """Of (..., n, C) queries to (..., N, C) keys and values: (..., n, C).
+
+    In bfloat16 with gradients on the CPU scores are rounded to bfloat16 too, and n N of them are kept.
+    """
+    if q.device.type != "cpu" or q.dtype != torch.bfloat16 or not torch.is_grad_enabled():
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
     weights = torch.softmax(q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1), dim=-1)
     return (F.dropout(weights, dropout) if dropout else weights) @ v
