@@ -6,8 +6,8 @@ few, as in the diffusion head: it draws a handful of tokens at a time. For sampl
 stored in the order in which oneDNN's kernels read them. PyTorch's compiler uses the same operators when it freezes a
 model.
 
-Attention in bfloat16 with gradients by plain products. The fused kernel multiplies without oneDNN: at 72 tokens it
-takes 7 times as long, forward and backward (AMD EPYC, docs/LOG.md, 2026-11-26).
+Attention under autocast to bfloat16, as in training, by plain products. The fused kernel multiplies without oneDNN: at
+72 tokens it takes 7 times as long, forward and backward (AMD EPYC, docs/LOG.md, 2026-11-26).
 """
 
 from typing import Any
@@ -122,9 +122,9 @@ def use_onednn(module: nn.Module, pack: bool = False) -> None:
 def attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
     """Of (..., n, C) queries to (..., N, C) keys and values: (..., n, C).
 
-    In bfloat16 with gradients on the CPU scores are rounded to bfloat16 too, and n N of them are kept.
+    Under autocast to bfloat16 on the CPU scores are rounded to bfloat16 too, and gradients need n N of them.
     """
-    if q.device.type != "cpu" or q.dtype != torch.bfloat16 or not torch.is_grad_enabled():
+    if q.device.type != "cpu" or q.dtype != torch.bfloat16 or not torch.is_autocast_enabled("cpu"):
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
     weights = torch.softmax(q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1), dim=-1)
     return (F.dropout(weights, dropout) if dropout else weights) @ v
