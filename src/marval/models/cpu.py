@@ -78,8 +78,8 @@ class OneDNNLinear(nn.Linear):
         return product(input, weight, self.bias)
 
     def then_gelu(self, input: Tensor) -> Tensor:
-        """GELU of `forward`; without gradients in the same kernel."""
-        weight = None if torch.is_grad_enabled() else self._weight_for(input)
+        """GELU of `forward`, in the same kernel for sampling; training computes alike with and without gradients."""
+        weight = self._weight_for(input) if self.packs and not torch.is_grad_enabled() else None
         return F.gelu(self(input)) if weight is None else product(input, weight, self.bias, "gelu")
 
     def _weight_for(self, input: Tensor) -> Tensor | None:
