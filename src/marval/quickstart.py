@@ -156,6 +156,8 @@ def measure(
     results: dict[str, Any] = {}
     everything = dict(models)
     everything["one_step_untrained"] = make_student(models["teacher"], config.distill)
+    for model in everything.values():
+        model.accelerate()
     partial = out / "evaluation.json"
     cached = read_json(partial) if partial.exists() else {}
     for name, model in everything.items():
