@@ -92,6 +92,7 @@ def test_every_setting_changes_the_run(tmp_path: Path):
         "everything": {"trained": "all"},
         "network": {"trained": "all", "auxiliary": "network"},
         "rollout": {"rollout": 1.0},
+        "contexts": {"context_updates": 2, "save_every": 2},
         "training": {"mask_ratios": "training"},
         "auxiliary": {"gsim": GSIMConfig(auxiliary_updates=2)},
         "lambda": {"gsim": GSIMConfig(lam=1.0)},
@@ -108,6 +109,19 @@ def test_every_setting_changes_the_run(tmp_path: Path):
         losses[name] = tuple(row["student_loss"] for row in tiny.metrics(tmp_path / name))
         assert np.isfinite(losses[name]).all()
     assert len(set(losses.values())) == len(variants), losses
+
+
+def test_updates_on_the_same_contexts(tmp_path: Path):
+    """The data change with every second update, the noise with each; the first update is the same as alone."""
+    changes = {"steps": 4, "context_updates": 2, "save_every": 2}
+    distill(dataclasses.replace(SHORT, **changes), tiny.teacher(), tmp_path / "run")
+    distill(dataclasses.replace(SHORT, steps=4), tiny.teacher(), tmp_path / "plain")
+    rows, plain = tiny.metrics(tmp_path / "run"), tiny.metrics(tmp_path / "plain")
+    means = [row["data_mean"] for row in rows]
+    assert means[0] == means[1] != means[2] == means[3]
+    assert len({row["token_mean"] for row in rows}) == 4
+    assert rows[0]["student_loss"] == plain[0]["student_loss"]
+    assert rows[2]["data_mean"] == plain[2]["data_mean"]
 
 
 def test_what_cannot_be_distilled(tmp_path: Path):
@@ -133,6 +147,9 @@ def test_what_cannot_be_distilled(tmp_path: Path):
         {"trained": "tail"},
         {"ar_steps": 0},
         {"auxiliary": "network", "trained": "head"},
+        {"context_updates": 0},
+        {"context_updates": 2, "trained": "all"},
+        {"context_updates": 3, "trained": "head", "save_every": 250},
     ):
         with pytest.raises(ValueError, match=f"{next(iter(changes))}.*{next(iter(changes.values()))}"):
             DistillConfig(**changes)

@@ -207,6 +207,20 @@ def test_processes_and_sharding():
         plan("distill", config, MODEL, 40)
 
 
+def test_contexts_that_stay_cost_once():
+    config = DistillConfig(steps=100, batch=8, ar_steps=4, trained="head", rollout=0.5, save_every=8)
+    model = dataclasses.replace(MODEL, depth=1, head_depth=1)
+    plans = [
+        plan("distill", dataclasses.replace(config, context_updates=n), model, images_per_epoch=80, this_machine=False)
+        for n in (1, 2, 4)
+    ]
+    one, two, four = (planned["operations"]["run"] for planned in plans)
+    assert one - two == pytest.approx(2 * (two - four))
+    assert 0 < one - two < one / 2
+    assert [planned["epochs"] for planned in plans] == [10, 5, 2.5]
+    assert plans[0]["memory"] == plans[2]["memory"]
+
+
 def test_evaluation_sums_its_settings():
     config = EvaluateConfig(num_images=100, batch=10, ar_steps="2,4", guidance="2", head_steps="20", device="cpu")
     model = dataclasses.replace(MODEL, depth=1, head_depth=1)

@@ -315,6 +315,9 @@ class DistillConfig(CurveConfig):
     """Masked tokens per context: the training distribution, or that of the K AR steps of sampling."""
     rollout: float = 0.0
     """Share of updates whose contexts come from the student's own rollout instead of data."""
+    context_updates: int = 1
+    """Updates in a row on the same contexts, with new noise: with trained head 2 and more save passes through the
+    frozen backbone (docs/LOG.md)."""
     ar_steps: int = 8
     """AR steps K of inference mask ratios, of rollouts and of sampling."""
     warmup: int = 20
@@ -331,6 +334,11 @@ class DistillConfig(CurveConfig):
             "auxiliary network is for trained all: with trained head, whose backbone is frozen, give auxiliary head",
         )
         check(0 <= self.rollout <= 1, f"rollout must be in [0, 1], got {self.rollout}")
+        n = self.context_updates
+        check(n >= 1, f"context_updates must be at least 1, got {n}")
+        check(n == 1 or self.trained == "head", f"context_updates {n} is for trained head, whose backbone is frozen")
+        fits = self.save_every % n == 0
+        check(fits, f"save_every {self.save_every} must be a multiple of context_updates {n}, so that runs can resume")
         check(self.ar_steps >= 1, f"ar_steps must be at least 1, got {self.ar_steps}")
 
 

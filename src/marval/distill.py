@@ -132,20 +132,19 @@ def distill(config: DistillConfig, teacher_folder: Path, out: Path, resume: bool
             return matching.context(*context)
 
     def read(step: int) -> tuple[Tensor, Tensor]:
-        """Tokens of this process's rows, and labels of the whole batch."""
+        """Tokens of this process's rows, and labels of the whole batch; nothing where the contexts stay."""
+        if step % config.context_updates:
+            return torch.empty(0), torch.empty(0)
         index = batch_indices(len(data), config.batch, step, config.seed)
         g = rng.generator(config.seed, 7, step, device=world.device)
         own = batch_tokens(data, tokenizer, index, world.rows(config.batch), g, flip=config.flip)
         return own, labels_of_data[index].to(world.device)
 
-    progress = run.progress(start)
-    for step, (own_tokens, labels) in zip(progress, run.read_ahead(read, start, data), strict=True):
-        if curve.best["stop"]:  # a resumed run that had stopped
-            progress.stop(f"stopped: {curve.best['stop']}")
-            break
-        # ---- draw: the numbers of the whole batch; each part takes its rows
-        g = rng.generator(config.seed, 3, step, device=world.device)
-        host = rng.generator(config.seed, 4, step)
+    def draw_contexts(
+        own_tokens: Tensor, labels: Tensor, g: torch.Generator, host: torch.Generator
+    ) -> tuple[list[Context], dict[str, Tensor]]:
+        """One per part, from data or from the student's own rollout up to as many masked tokens; and what to watch.
+        Numbers are drawn for the whole batch, of which each part takes its rows."""
         dropped = torch.rand(config.batch, generator=g, device=world.device) < config.class_drop
         labels = torch.where(dropped, num_classes, labels)
         is_rollout, share = torch.rand(2, generator=host).tolist()
@@ -155,15 +154,12 @@ def distill(config: DistillConfig, teacher_folder: Path, out: Path, resume: bool
             num_masked = masking.inference_masked_count(length, config.ar_steps, share)
         visible, masked = draw_masks(config.batch, length, num_masked, g)
         w = matching.draw_guidance(config.batch, g)
-        noise_shape = (config.batch, num_masked, tokenizer.token_dim)
         rolls = is_rollout < config.rollout and num_masked < length
         z, orders = torch.empty(0), torch.empty(0)
         if rolls:
             z = torch.randn(config.batch, length, tokenizer.token_dim, generator=g, device=world.device)
             shuffled = torch.rand(visible.shape, generator=g, device=world.device).argsort(1)
             orders = torch.cat([visible.gather(1, shuffled), masked], dim=1)
-
-        # ---- contexts: from data, or from the student's own rollout up to the same number of masked tokens
         contexts, watched = [], {}
         for rows, own, weight in parts:
             tokens = own_tokens[own]
@@ -176,6 +172,18 @@ def distill(config: DistillConfig, teacher_folder: Path, out: Path, resume: bool
                     steps = unmask(student, draw, labels[rows], orders[rows], upto, z[rows], guidance=w[rows])
                     tokens = last(steps)
             contexts.append(call("context", given, tokens, visible[rows], masked[rows], labels[rows], w[rows]))
+        return contexts, watched
+
+    contexts, seen = [], {}
+    progress = run.progress(start)
+    for step, (own_tokens, labels) in zip(progress, run.read_ahead(read, start, data), strict=True):
+        if curve.best["stop"]:  # a resumed run that had stopped
+            progress.stop(f"stopped: {curve.best['stop']}")
+            break
+        g = rng.generator(config.seed, 3, step, device=world.device)
+        if step % config.context_updates == 0:
+            contexts, seen = draw_contexts(own_tokens, labels, g, rng.generator(config.seed, 4, step))
+        watched, noise_shape = dict(seen), (config.batch, contexts[0].masked.shape[1], tokenizer.token_dim)
 
         # ---- update the auxiliary, then the student
         lr_factor = warmup_then_cosine(step, config.steps, config.warmup, config.decay)

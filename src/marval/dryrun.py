@@ -37,7 +37,7 @@ from marval.ema import EMA
 from marval.features import BATCH
 from marval.floor import H200, matmul_rate
 from marval.importing import KL16
-from marval.matching import ScoreMatching, copy_auxiliary, copy_network, own_part, with_head, with_part
+from marval.matching import Context, ScoreMatching, copy_auxiliary, copy_network, own_part, with_head, with_part
 from marval.models.autoencoders import KL, TAESD
 from marval.models.lora import adapt
 from marval.models.mar import MAR
@@ -153,12 +153,13 @@ def _train(config: TrainConfig, model: MARConfig, share: _Share, decoder: Decode
 def _distill(config: DistillConfig, model: MARConfig, share: _Share, decoder: Decoder) -> dict[str, Any]:
     teacher = _frozen(model)
     matching, updates, ema = _matching(teacher, config, config.student)
-    ratios = {
+    ratio = {
         "training": lambda u: masking.training_masked_count(model.num_tokens, u),
         "inference": lambda u: masking.inference_masked_count(model.num_tokens, config.ar_steps, u),
-    }
-    work = _matching_work(matching, updates, config, model, share)
-    cost = _over_masks(ratios[config.mask_ratios], work)
+    }[config.mask_ratios]
+    cost = _over_masks(ratio, _matching_work(matching, updates, config, model, share))
+    contexts = _over_masks(ratio, lambda num_masked: _contexts(matching, config, model, share, num_masked))
+    cost.operations -= (1 - 1 / config.context_updates) * contexts.operations
     networks = {
         "teacher": teacher,
         "student": matching.student,
@@ -168,7 +169,8 @@ def _distill(config: DistillConfig, model: MARConfig, share: _Share, decoder: De
     if config.rollout > 0:
         draw = one_evaluation(matching.student.head, matching.schedule, config.student.t_init)
         rolled = _ar_loop(matching.student, config, config.ar_steps, draw, share.part)
-        cost.operations += config.rollout * rolled.operations / 2 * share.parts  # on average up to half the steps
+        per_update = config.rollout / config.context_updates / 2  # on average up to half the steps
+        cost.operations += per_update * rolled.operations * share.parts
     state = _state(networks, updates, ema, cost, images, {"autoencoder": decoder[0]} if config.eval_every else {})
     sampling = SamplingConfig(ar_steps=config.ar_steps)
     return _with_looks(state, config, matching.student, sampling, config.student, share, decoder[1])
@@ -354,6 +356,15 @@ def _matching(
     return matching, updates, EMA(updates[0].module, config.ema)
 
 
+def _contexts(
+    matching: ScoreMatching, config: DistillConfig | RLConfig, model: MARConfig, share: _Share, num_masked: int
+) -> list[Context]:
+    """Contexts of a process's parts, with so many masked tokens."""
+    tokens, visible, masked, labels = _inputs(model, share.part, num_masked)
+    with torch.no_grad(), autocast(config, ALONE.device):
+        return [matching.context(tokens, visible, masked, labels, _zeros(share.part, 1)) for _ in range(share.parts)]
+
+
 def _matching_work(
     matching: ScoreMatching, updates: list[Update], config: DistillConfig | RLConfig, model: MARConfig, share: _Share
 ) -> Callable[[int], None]:
@@ -361,10 +372,7 @@ def _matching_work(
     count, kept = share.part, math.ceil(share.rows / share.part)
 
     def work(num_masked: int) -> None:
-        tokens, visible, masked, labels = _inputs(model, count, num_masked)
-        w = _zeros(count, 1)
-        with torch.no_grad(), autocast(config, ALONE.device):
-            contexts = [matching.context(tokens, visible, masked, labels, w) for _ in range(share.parts)]
+        contexts = _contexts(matching, config, model, share, num_masked)
         kinds = 2 + (contexts[0].student is not contexts[0].teacher)  # of conditions
         others = _zeros(kept - share.parts, *contexts[0].teacher.shape, kinds)  # contexts of the parts not tried
         z, eps = _zeros(2, share.total, num_masked, model.token_dim)
@@ -532,6 +540,7 @@ def plan(
         images, steps = config.steps * total, config.steps
     if images_per_epoch is None and getattr(config, "classes", "") == "imagenet":
         images_per_epoch = IMAGENET
+    read = images / getattr(config, "context_updates", 1)
     operations = found["operations"] * images + found.get("looks", 0)  # at held-out images between updates
     rates = {"H200": H200_SHARE[verb] * H200[0] * processes}
     if this_machine:
@@ -541,7 +550,7 @@ def plan(
         "parameters": found["parameters"], "memory": memory,
         "batch": {"total": total, "process": rows, "part": share.part, "parts": accumulate},
         "steps": steps, "images": images,
-        "epochs": images / images_per_epoch if images_per_epoch and verb != "evaluate" else None,
+        "epochs": read / images_per_epoch if images_per_epoch and verb != "evaluate" else None,
         "operations": {"image": found["operations"], "run": operations},
         "time": {name: {"rate": rate, "seconds": operations / rate} for name, rate in rates.items()},
         "notes": found["notes"],
