@@ -71,7 +71,14 @@ def axes(base: DistillConfig) -> dict[str, dict[str, DistillConfig]]:
     return {
         "lambda of L2": {f"{lam:g}": gsim(lam=lam) for lam in (1.0, 0.5, 0.0, -0.4)},
         "distance": {name: gsim(distance=name) for name in ("pseudo-huber", "squared")},
-        "trained": {"head": run(trained="head", auxiliary="head"), "head and backbone": run(trained="all")},
+        "trained": {
+            "head": run(trained="head", auxiliary="head"),
+            **{
+                f"head, {n} updates per context": run(trained="head", auxiliary="head", context_updates=n)
+                for n in (2, 4)
+            },
+            "head and backbone": run(trained="all"),
+        },
         "auxiliary updates": {f"{n}": gsim(auxiliary_updates=n) for n in (1, 2, 5)},
         "t_init": {f"{t}": student(t_init=t) for t in (600, 755, 850, 920)},
         "t_max": {f"{t}": gsim(t_range=(base.gsim.t_range[0], t)) for t in (700, 850, 950, 999)},
@@ -85,7 +92,7 @@ def axes(base: DistillConfig) -> dict[str, dict[str, DistillConfig]]:
 
 def cost(config: DistillConfig) -> tuple[Any, ...]:
     """What an update's time depends on."""
-    return config.trained, config.auxiliary, config.gsim.auxiliary_updates, config.rollout
+    return config.trained, config.auxiliary, config.gsim.auxiliary_updates, config.rollout, config.context_updates
 
 
 class Study:

@@ -368,6 +368,7 @@ def training(suite: Suite, verb: str, size: str) -> dict[str, Any]:
     """Updates of one loop: random numbers, losses, optimizer and average; no data are read."""
     model, batch, device = suite.scale.sizes[size], suite.scale.batches[verb], suite.device
     step = {"train": train_step, "rl": rl_step}.get(verb, distill_step)(suite, verb, size, batch)
+    each = recipes.DISTILL["imagenet256-b"]().context_updates if verb == "distill head" else 1  # updates of a step
     with Work() as work:  # the warm-up; counted first, so that running out of time later costs repeats alone
         step()
     step()
@@ -378,18 +379,19 @@ def training(suite: Suite, verb: str, size: str) -> dict[str, Any]:
         start = time.perf_counter()
         step()
         synchronise(device)
-        times.append(time.perf_counter() - start)
-        if time.perf_counter() + 1.5 * times[-1] > suite.stage_end:
+        times.append((time.perf_counter() - start) / each)
+        if time.perf_counter() + 1.5 * each * times[-1] > suite.stage_end:
             break
     median, spread = median_and_spread(times)
+    operations = work.operations / each
     memory = peak_memory(device)
     rate = suite.rates["bf16" if device.type == "cuda" else "float32"]
     return {
-        "size": size, "verb": verb, "batch": batch, "seconds_per_update": median, "spread": spread,
-        "measurements": len(times), "images_per_second": batch / median,
+        "size": size, "verb": verb, "batch": batch, "context_updates": each, "seconds_per_update": median,
+        "spread": spread, "measurements": len(times), "images_per_second": batch / median,
         "tokens_per_second": batch * model.num_tokens / median, "peak_memory": memory,
-        "operations_per_update": work.operations, "floor_seconds": work.operations / rate,
-        "over_floor": median * rate / work.operations, "matmul_share": work.operations / median / rate,
+        "operations_per_update": operations, "floor_seconds": operations / rate,
+        "over_floor": median * rate / operations, "matmul_share": operations / median / rate,
     }  # fmt: skip
 
 
@@ -447,29 +449,34 @@ def matched(
 def match(
     matching: ScoreMatching, updates: list[Update], config: Any, tokens: Tensor, labels: Tensor, g: torch.Generator,
     num_masked: int,
-) -> None:  # fmt: skip
-    """Contexts, the auxiliary's update, and the student's gradient."""
+) -> Iterator[None]:  # fmt: skip
+    """Contexts; then without end the auxiliary's update and the student's gradient."""
     batch, device = len(tokens), tokens.device
     visible, masked = draw_masks(batch, tokens.shape[1], num_masked, g)
     w = matching.draw_guidance(batch, g)
     with torch.no_grad(), autocast(config, device):
         context = matching.context(tokens, visible, masked, labels, w)
     shape = (batch, num_masked, tokens.shape[2])
-    updates[1].backward(matching.auxiliary_loss, context, *draw_noise(*shape, config.gsim.auxiliary_t_range, g))
-    updates[1].step(0)
-    updates[0].backward(matching.student_loss, context, *draw_noise(*shape, config.gsim.t_range, g))
+    while True:
+        updates[1].backward(matching.auxiliary_loss, context, *draw_noise(*shape, config.gsim.auxiliary_t_range, g))
+        updates[1].step(0)
+        updates[0].backward(matching.student_loss, context, *draw_noise(*shape, config.gsim.t_range, g))
+        yield
 
 
 def distill_step(suite: Suite, verb: str, size: str, batch: int) -> Callable[[], None]:
-    """An update as `marval.distill` does it, half-way through the AR steps."""
-    config = dataclasses.replace(recipes.DISTILL["imagenet256-b"](), batch=batch, trained=verb.split()[1])
+    """An update as `marval.distill` does it, half-way through the AR steps; of the head, all those of a context."""
+    own = {"trained": "head"} if verb == "distill head" else {"trained": "all", "context_updates": 1}
+    config = dataclasses.replace(recipes.DISTILL["imagenet256-b"](), batch=batch, **own)
     matching, updates, ema, (tokens, labels, g) = matched(suite, size, config, config.student)
     num_masked = masking.inference_masked_count(tokens.shape[1], suite.scale.rl_ar_steps, 0.5)
 
     def step() -> None:
-        match(matching, updates, config, tokens[:batch], labels[:batch], g, num_masked)
-        updates[0].step(0)
-        ema.update(updates[0].module)
+        gradients = match(matching, updates, config, tokens[:batch], labels[:batch], g, num_masked)
+        for _ in range(config.context_updates):
+            next(gradients)
+            updates[0].step(0)
+            ema.update(updates[0].module)
 
     return step
 
@@ -493,7 +500,7 @@ def rl_step(suite: Suite, verb: str, size: str, batch: int) -> Callable[[], None
         orders = torch.rand(tokens.shape[:2], generator=g, device=tokens.device).argsort(dim=1)
         z = torch.randn(tokens.shape, generator=g, device=tokens.device)
         updates[0].backward(loss, orders, z, matching.draw_guidance(batch, g), last=False)
-        match(matching, updates, config, tokens, labels, g, num_masked)
+        next(match(matching, updates, config, tokens, labels, g, num_masked))
         updates[0].step(0)
         ema.update(updates[0].module)
 

@@ -7,6 +7,7 @@ import torch
 from marval.metrics import (
     Moments,
     Statistics,
+    energy_distance,
     frechet_distance,
     inception_score,
     kernel_distance,
@@ -158,3 +159,25 @@ def test_mean_and_its_interval():
     mean, half = mean_interval(x)
     assert mean == pytest.approx(x.numpy().mean())
     assert half == pytest.approx(1.96 * x.numpy().std(ddof=1) / 50**0.5)
+
+
+def test_energy_distance():
+    """Zero on average where both are drawn from one distribution; of points far apart twice their distance; and in one
+    dimension twice the integral of the squared difference of the distribution functions."""
+    g = torch.Generator().manual_seed(0)
+    a, b = torch.randn(2, 4000, 64, 2, generator=g)
+    distances, spreads = energy_distance(a, b)
+    assert distances.shape == spreads.shape == (4000,)
+    assert abs(distances.mean()) < 4 * distances.std() / 4000**0.5
+    assert spreads.mean() == pytest.approx(np.pi**0.5, rel=0.01)  # of two normal points of the plane
+    far, spread = energy_distance(torch.zeros(3, 5, 2), torch.full((3, 7, 2), 3.0))
+    assert far.tolist() == pytest.approx([2 * 18**0.5] * 3)
+    assert spread.tolist() == [0, 0, 0]
+
+    x, y = torch.randn(3000, 1, generator=g), 1 + 2 * torch.randn(3000, 1, generator=g)
+    grid = torch.linspace(-12, 12, 4801)
+    cdfs = [(points <= grid).float().mean(0) for points in (x, y)]
+    integral = 2 * ((cdfs[0] - cdfs[1]) ** 2).sum() * (grid[1] - grid[0])
+    assert float(energy_distance(x, y)[0]) == pytest.approx(float(integral), rel=0.02)
+    with pytest.raises(ValueError, match="needs 2 samples of each, got 3000 and 1"):
+        energy_distance(x, y[:1])

@@ -65,6 +65,31 @@ def frechet_distance(a: Moments, b: Moments) -> float:
     return float(difference @ difference + np.trace(a.sigma) + np.trace(b.sigma) - 2 * product_root.sum())
 
 
+def energy_distance(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Energy distance 2 E|a - b| - E|a - a'| - E|b - b'| (Szekely and Rizzo 2013), and E|a - a'|.
+
+    Zero where the distributions are the same; unbiased, so estimates may be negative. It needs no network, so it suits
+    few samples of low dimension: tokens that are drawn many times in the same context.
+
+    Args:
+        a, b: (..., N, D) and (..., M, D) samples of each pair of distributions.
+
+    Returns:
+        The distances (...), and the mean distance (...) of two samples of ``a``, to which they can be compared.
+
+    Raises:
+        ValueError: fewer than two samples.
+    """
+    if min(a.shape[-2], b.shape[-2]) < 2:
+        raise ValueError(f"an energy distance needs 2 samples of each, got {a.shape[-2]} and {b.shape[-2]}")
+
+    def within(x: Tensor) -> Tensor:
+        return torch.cdist(x, x).sum((-2, -1)) / (x.shape[-2] * (x.shape[-2] - 1))
+
+    spread = within(a)
+    return 2 * torch.cdist(a, b).mean((-2, -1)) - spread - within(b), spread
+
+
 def inception_score(logits: Tensor, splits: int = 10) -> tuple[float, float]:
     """exp(E_x KL(p(y|x) | p(y))), mean and standard deviation over splits (Salimans et al. 2016, arXiv 1606.03498).
 
