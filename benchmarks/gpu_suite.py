@@ -368,7 +368,7 @@ def training(suite: Suite, verb: str, size: str) -> dict[str, Any]:
     """Updates of one loop: random numbers, losses, optimizer and average; no data are read."""
     model, batch, device = suite.scale.sizes[size], suite.scale.batches[verb], suite.device
     step = {"train": train_step, "rl": rl_step}.get(verb, distill_step)(suite, verb, size, batch)
-    each = recipes.DISTILL["imagenet256-b"]().context_updates if verb == "distill head" else 1  # updates of a step
+    each = recipes.DISTILL["imagenet256-b"]().context_updates if verb.startswith("distill") else 1  # updates of a step
     with Work() as work:  # the warm-up; counted first, so that running out of time later costs repeats alone
         step()
     step()
@@ -462,12 +462,13 @@ def match(
         updates[1].step(0)
         updates[0].backward(matching.student_loss, context, *draw_noise(*shape, config.gsim.t_range, g))
         yield
+        with autocast(config, device):
+            context = matching.refresh(context)
 
 
 def distill_step(suite: Suite, verb: str, size: str, batch: int) -> Callable[[], None]:
-    """An update as `marval.distill` does it, half-way through the AR steps; of the head, all those of a context."""
-    own = {"trained": "head"} if verb == "distill head" else {"trained": "all", "context_updates": 1}
-    config = dataclasses.replace(recipes.DISTILL["imagenet256-b"](), batch=batch, **own)
+    """The updates on one context as `marval.distill` does them, half-way through the AR steps."""
+    config = dataclasses.replace(recipes.DISTILL["imagenet256-b"](), batch=batch, trained=verb.split()[1])
     matching, updates, ema, (tokens, labels, g) = matched(suite, size, config, config.student)
     num_masked = masking.inference_masked_count(tokens.shape[1], suite.scale.rl_ar_steps, 0.5)
 

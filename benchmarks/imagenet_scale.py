@@ -315,7 +315,7 @@ def planned(case: Case) -> tuple[Any, Any, MARConfig, StudentConfig | None]:
         return "evaluate", config, case.model, None if is_teacher(case) else student
     common: dict[str, Any] = {
         "device": case.device, "batch": case.batch, "accumulate": 1, "steps": case.steps, "log_every": 1,
-        "sample_every": 0, "save_every": case.steps,
+        "sample_every": 0, "save_every": 10**6,
     }  # fmt: skip
     data = {"data": str(case.root / "latents"), "image_size": case.model.grid * STRIDE}
     if case.stage == "train":
@@ -399,8 +399,8 @@ def cases(size: str, device: str, root: Path) -> list[Case]:
         return dataclasses.replace(case, stage=name, batch=batch, **changes)
 
     found = [stage("import-kl16"), stage("import-mar"), stage("encode", 2 if small else 16)]
-    for name in ("train", "distill head", "distill all"):
-        found.append(stage(name, 2 if small else 256, steps=3 if small else 12))
+    for name, timed in (("train", 2), ("distill head", 4), ("distill all", 4)):  # so many updates share contexts
+        found.append(stage(name, 2 if small else 256, steps=1 + timed if small else 2 + 3 * timed))
     found.append(stage("rl", 1 if small else 32, steps=2 if small else 4, ar_steps=4 if small else 64))
     for name in ("sample teacher", "sample student"):
         found += [stage(name, batch, ar_steps=k) for batch in ((1,) if small else (1, 64)) for k in (64, 16)]

@@ -207,8 +207,9 @@ def test_processes_and_sharding():
         plan("distill", config, MODEL, 40)
 
 
-def test_contexts_that_stay_cost_once():
-    config = DistillConfig(steps=100, batch=8, ar_steps=4, trained="head", rollout=0.5, save_every=8)
+@pytest.mark.parametrize("trained", ["head", "all"])
+def test_contexts_that_stay_cost_once(trained: Any):
+    config = DistillConfig(steps=100, batch=8, ar_steps=4, trained=trained, rollout=0.5, save_every=8)
     model = dataclasses.replace(MODEL, depth=1, head_depth=1)
     plans = [
         plan("distill", dataclasses.replace(config, context_updates=n), model, images_per_epoch=80, this_machine=False)

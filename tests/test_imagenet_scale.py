@@ -67,7 +67,7 @@ def test_every_stage(scale, shared, tmp_path, monkeypatch):
             assert row["seconds"] > 0
             assert row["peak_memory"] > row.get("predicted_memory", 0)
     steps = {row["stage"]: row["timed_updates"] for row in rows if "timed_updates" in row}
-    assert steps == {"train": 2, "distill head": 2, "distill all": 2, "rl": 1}
+    assert steps == {"train": 2, "distill head": 4, "distill all": 4, "rl": 1}
     losses = [row["metrics"] for row in rows if "metrics" in row]
     assert all(math.isfinite(value) for loss in losses for value in loss.values())
     assert all(set(loss) & {"mse", "student_loss", "reward"} for loss in losses)

@@ -128,8 +128,12 @@ def distill(config: DistillConfig, teacher_folder: Path, out: Path, resume: bool
             current.save(where)
 
     def given(*context: Tensor) -> Context:
-        with torch.no_grad(), autocast(config, world.device):
+        with autocast(config, world.device):
             return matching.context(*context)
+
+    def refreshed(*context: Tensor) -> Context:
+        with autocast(config, world.device):
+            return matching.refresh(Context(*context))
 
     def read(step: int) -> tuple[Tensor, Tensor]:
         """Tokens of this process's rows, and labels of the whole batch; nothing where the contexts stay."""
@@ -183,6 +187,8 @@ def distill(config: DistillConfig, teacher_folder: Path, out: Path, resume: bool
         g = rng.generator(config.seed, 3, step, device=world.device)
         if step % config.context_updates == 0:
             contexts, seen = draw_contexts(own_tokens, labels, g, rng.generator(config.seed, 4, step))
+        elif config.trained == "all":
+            contexts = [call("conditions", refreshed, *context) for context in contexts]
         watched, noise_shape = dict(seen), (config.batch, contexts[0].masked.shape[1], tokenizer.token_dim)
 
         # ---- update the auxiliary, then the student

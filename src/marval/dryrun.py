@@ -158,8 +158,9 @@ def _distill(config: DistillConfig, model: MARConfig, share: _Share, decoder: De
         "inference": lambda u: masking.inference_masked_count(model.num_tokens, config.ar_steps, u),
     }[config.mask_ratios]
     cost = _over_masks(ratio, _matching_work(matching, updates, config, model, share))
-    contexts = _over_masks(ratio, lambda num_masked: _contexts(matching, config, model, share, num_masked))
-    cost.operations -= (1 - 1 / config.context_updates) * contexts.operations
+    made = _over_masks(ratio, lambda num_masked: _contexts(matching, config, model, share, num_masked))
+    again = _over_masks(ratio, lambda num_masked: _contexts(matching, config, model, share, num_masked, True))
+    cost.operations -= (1 - 1 / config.context_updates) * (made.operations - again.operations)
     networks = {
         "teacher": teacher,
         "student": matching.student,
@@ -357,12 +358,18 @@ def _matching(
 
 
 def _contexts(
-    matching: ScoreMatching, config: DistillConfig | RLConfig, model: MARConfig, share: _Share, num_masked: int
-) -> list[Context]:
-    """Contexts of a process's parts, with so many masked tokens."""
+    matching: ScoreMatching, config: DistillConfig | RLConfig, model: MARConfig, share: _Share, num_masked: int,
+    again: bool = False,
+) -> list[Context]:  # fmt: skip
+    """Contexts of a process's parts, with so many masked tokens; or (``again``) only what a student that moves needs
+    when it meets the same ones again."""
     tokens, visible, masked, labels = _inputs(model, share.part, num_masked)
+    w, condition = _zeros(share.part, 1), _zeros(share.part, num_masked, model.width)
     with torch.no_grad(), autocast(config, ALONE.device):
-        return [matching.context(tokens, visible, masked, labels, _zeros(share.part, 1)) for _ in range(share.parts)]
+        if again:
+            context = Context(tokens, visible, masked, labels, w, condition, condition, condition)
+            return [matching.refresh(context) for _ in range(share.parts)]
+        return [matching.context(tokens, visible, masked, labels, w) for _ in range(share.parts)]
 
 
 def _matching_work(

@@ -135,9 +135,14 @@ class ScoreMatching:
         with torch.no_grad():
             both = self.teacher.condition(tokens.repeat(2, 1, 1), visible.repeat(2, 1), torch.cat([labels, null]))
             teacher, teacher_null = gather_tokens(both, masked.repeat(2, 1)).chunk(2)
-            shared = self.student.class_emb is self.teacher.class_emb
-            context = Context(tokens, visible, masked, labels, w, teacher, teacher_null, teacher)
-            return context if shared else context._replace(student=context.condition(self.student))
+            return self.refresh(Context(tokens, visible, masked, labels, w, teacher, teacher_null, teacher))
+
+    def refresh(self, context: Context) -> Context:
+        """The context with the student's conditions as they are now, if its backbone is not the teacher's."""
+        if self.student.class_emb is self.teacher.class_emb:
+            return context
+        with torch.no_grad():
+            return context._replace(student=context.condition(self.student))
 
     def draw_guidance(self, count: int, generator: torch.Generator) -> Tensor:
         """(count, 1) the fixed scale, or U[low, high] for a student that takes it as an input."""
