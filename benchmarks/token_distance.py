@@ -97,7 +97,8 @@ def measure(folder: Path, data: str, scales: Sequence[float], quick: bool) -> di
 def run(name: str, folder: Path, data: str | None, scales: Sequence[float], quick: bool) -> None:
     """Measure, and write the results."""
     given = data or (name if name == "digits" else f"data/{name}.npz")
-    results = {"name": name, "folder": shown_folder(folder), "scales": [f"{w:g}" for w in scales]}
+    flags = f"--scales {','.join(f'{w:g}' for w in scales)}" + (f" --data {data}" if data else "")
+    results = {"name": name, "folder": shown_folder(folder), "flags": flags}
     to = places(quick).results
     to.mkdir(parents=True, exist_ok=True)
     write_json(to / f"token_distance_{name}.json", results | measure(folder, given, scales, quick))
@@ -116,9 +117,9 @@ def section(results: Mapping[str, Any]) -> str:
             spread = statistics.fmean(found[k]["spread"] for k in ar_steps)
             lines.append([f"{w:g}", model, *cells, f"{spread:.2f}"])
     about = (
-        f"Measured by `python benchmarks/token_distance.py run {results['name']} {results['folder']} --scales "
-        f"{','.join(results['scales'])}`, {measured_on(results['about'])}: {results['contexts']} contexts of test "
-        f"images, {results['draws']} draws. Models: teacher {results['models']['teacher']}, student "
+        f"Measured by `python benchmarks/token_distance.py run {results['name']} {results['folder']} "
+        f"{results['flags']}`, {measured_on(results['about'])}: {results['contexts']} contexts of test images, "
+        f"{results['draws']} draws. Models: teacher {results['models']['teacher']}, student "
         f"{results['models']['student']}."
     )
     heads = [f"AR step {k} of {results['ar_steps']} ({visible[k]} of {results['tokens']} visible)" for k in ar_steps]
