@@ -399,8 +399,10 @@ def cases(size: str, device: str, root: Path) -> list[Case]:
         return dataclasses.replace(case, stage=name, batch=batch, **changes)
 
     found = [stage("import-kl16"), stage("import-mar"), stage("encode", 2 if small else 16)]
-    for name, timed in (("train", 2), ("distill head", 4), ("distill all", 4)):  # so many updates share contexts
-        found.append(stage(name, 2 if small else 256, steps=1 + timed if small else 2 + 3 * timed))
+    found.append(stage("train", 2 if small else 256, steps=3 if small else 12))
+    shared = recipes.DISTILL[case.recipe]().context_updates  # their mean time needs all of them
+    for name in ("distill head", "distill all"):
+        found.append(stage(name, 2 if small else 256, steps=1 + shared if small else 2 + 3 * shared))
     found.append(stage("rl", 1 if small else 32, steps=2 if small else 4, ar_steps=4 if small else 64))
     for name in ("sample teacher", "sample student"):
         found += [stage(name, batch, ar_steps=k) for batch in ((1,) if small else (1, 64)) for k in (64, 16)]

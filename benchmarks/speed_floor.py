@@ -282,9 +282,8 @@ def gpu(results: Path) -> str:
         ratios = []
         for size in PRESETS:
             one = {s["verb"]: s for s in stages if "seconds_per_update" in s and s["size"] == size}
-            if {"distill head", "distill all"} <= set(one) and one["distill head"]["batch"] == one["distill all"][
-                "batch"
-            ]:
+            pair = [one[verb] for verb in ("distill head", "distill all") if verb in one]
+            if len(pair) == 2 and len({(s["batch"], s.get("context_updates", 1)) for s in pair}) == 1:
                 ratio = one["distill all"]["seconds_per_update"] / one["distill head"]["seconds_per_update"]
                 ratios.append(f"\n\n{size}: head-only distillation makes {ratio:.2f} times the updates per second.")
         rates = [s["rates"] for s in stages if s.get("rates")]

@@ -77,7 +77,7 @@ def measure(folder: Path, data: str, scales: Sequence[float], quick: bool) -> di
             whole = draws(*models[f"teacher, {steps[0]} steps"], *context, 0, count)
             for name, (model, config) in models.items():
                 found = draws(model, config, *context, 1, count)
-                (distance, spread), own = energy_distance(whole, found), energy_distance(found, whole)[1]
+                distance, spread, own = energy_distance(whole, found)
                 percent = 100 * distance / spread.mean()
                 rows.append(
                     {

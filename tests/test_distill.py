@@ -13,7 +13,7 @@ from marval.config import DistillConfig, GSIMConfig, StudentConfig
 from marval.data import load_dataset, save_png
 from marval.distill import distill, make_student
 from marval.evaluate import frechet_distance, image_moments, sample_in_turn
-from marval.matching import load_scores
+from marval.matching import Context, ScoreMatching, load_scores
 from marval.models.classifier import Classifier
 from marval.pipeline import Pipeline
 
@@ -112,11 +112,24 @@ def test_every_setting_changes_the_run(tmp_path: Path):
 
 
 @pytest.mark.parametrize("trained", ["head", "all"])
-def test_updates_on_the_same_contexts(trained: str, tmp_path: Path):
+def test_updates_on_the_same_contexts(trained: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The data change with every second update, the noise with each; the first update is the same as alone."""
-    changes = {"steps": 4, "context_updates": 2, "save_every": 2, "trained": trained}
+    changes = {"steps": 4, "context_updates": 2, "save_every": 2, "trained": trained, "gsim": GSIMConfig(lr=1e-2)}
+    met: list[Context] = []
+    loss = ScoreMatching.student_loss
+
+    def checked(matching: ScoreMatching, context: Context, *noise: torch.Tensor) -> object:
+        """The student's conditions are those of its backbone now."""
+        with torch.no_grad():
+            assert torch.equal(context.student, context.condition(matching.student))
+        met.append(context)
+        return loss(matching, context, *noise)
+
+    monkeypatch.setattr(ScoreMatching, "student_loss", checked)
     distill(dataclasses.replace(SHORT, **changes), tiny.teacher(), tmp_path / "run")
-    distill(dataclasses.replace(SHORT, steps=4, trained=trained), tiny.teacher(), tmp_path / "plain")
+    assert torch.equal(met[0].student, met[1].student) == (trained == "head")
+    plain = dataclasses.replace(SHORT, **{**changes, "context_updates": 1})
+    distill(plain, tiny.teacher(), tmp_path / "plain")
     rows, plain = tiny.metrics(tmp_path / "run"), tiny.metrics(tmp_path / "plain")
     means = [row["data_mean"] for row in rows]
     assert means[0] == means[1] != means[2] == means[3]
@@ -149,7 +162,7 @@ def test_what_cannot_be_distilled(tmp_path: Path):
         {"ar_steps": 0},
         {"auxiliary": "network", "trained": "head"},
         {"context_updates": 0},
-        {"context_updates": 3, "trained": "head", "save_every": 250},
+        {"context_updates": 3, "save_every": 250},
     ):
         with pytest.raises(ValueError, match=f"{next(iter(changes))}.*{next(iter(changes.values()))}"):
             DistillConfig(**changes)

@@ -36,6 +36,7 @@ def work(out: Path, teacher: Path, student: Path, classifier: Path, steps: int =
     """Every loop, into folders under ``out``; goes on with what is there."""
     common = {"steps": steps, "batch": BATCH, "log_every": 1, "save_every": 2, "sample_every": 0, **how}
     distilled = {"ar_steps": 4, "gsim": GSIMConfig(auxiliary_updates=2), "auxiliary": "network", "rollout": 0.5}
+    distilled |= {"context_updates": 2}
     aligned = {
         "ar_steps": 4,
         "classifier": str(classifier),

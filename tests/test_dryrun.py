@@ -207,19 +207,23 @@ def test_processes_and_sharding():
         plan("distill", config, MODEL, 40)
 
 
-@pytest.mark.parametrize("trained", ["head", "all"])
-def test_contexts_that_stay_cost_once(trained: Any):
-    config = DistillConfig(steps=100, batch=8, ar_steps=4, trained=trained, rollout=0.5, save_every=8)
+def test_contexts_that_stay_cost_once():
+    """What is saved are the teacher's passes, whatever is trained: the student's conditions are made anew."""
     model = dataclasses.replace(MODEL, depth=1, head_depth=1)
-    plans = [
-        plan("distill", dataclasses.replace(config, context_updates=n), model, images_per_epoch=80, this_machine=False)
-        for n in (1, 2, 4)
-    ]
-    one, two, four = (planned["operations"]["run"] for planned in plans)
-    assert one - two == pytest.approx(2 * (two - four))
-    assert 0 < one - two < one / 2
-    assert [planned["epochs"] for planned in plans] == [10, 5, 2.5]
-    assert plans[0]["memory"] == plans[2]["memory"]
+    saved = []
+    for trained in ("head", "all"):
+        config = DistillConfig(steps=100, batch=8, ar_steps=4, trained=trained, rollout=0.5, save_every=8)
+        plans = [
+            plan("distill", dataclasses.replace(config, context_updates=n), model, images_per_epoch=80,
+                 this_machine=False)
+            for n in (1, 2, 4)
+        ]  # fmt: skip
+        one, two, four = (planned["operations"]["run"] for planned in plans)
+        assert one - two == pytest.approx(2 * (two - four))
+        assert 0 < one - two < one / 2
+        assert [planned["epochs"] for planned in plans] == [10, 5, 2.5]
+        saved.append(one - two)
+    assert saved[0] == pytest.approx(saved[1])
 
 
 def test_evaluation_sums_its_settings():

@@ -21,7 +21,8 @@ def command(verb: str, out: Path) -> list[str]:
     curve = ["--eval-every", 8, "--eval-images", 20, "--features", tiny.classifier(), "--patience", 5]
     args: list[object] = {
         "train": [*MODEL, "--sampling.head-steps", 5, "--shift", 1, *curve],
-        "distill": ["--teacher", tiny.teacher(), "--ar-steps", 4, "--rollout", 0.5, "--trained", "all", *curve],
+        "distill": ["--teacher", tiny.teacher(), "--ar-steps", 4, "--rollout", 0.5, "--trained", "all",
+                    "--context-updates", 4, *curve],
         "rl": ["--student", tiny.student(), "--classifier", tiny.classifier(), "--judge", tiny.classifier(),
                "--ar-steps", 4, "--eval-every", 8, "--eval-images", 20, "--patience", 0],
     }[verb]  # fmt: skip

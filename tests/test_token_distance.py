@@ -50,8 +50,7 @@ def test_draws_are_those_of_the_model(script, models, role):
 def test_run_and_page(script, models, monkeypatch, tmp_path, capsys):
     import results_page
 
-    for module in (script, results_page):
-        monkeypatch.setattr(module, "QUICK", tmp_path, raising=False)
+    monkeypatch.setattr(results_page, "QUICK", tmp_path)
     script.main(["run", "digits", str(models), "--quick", "--scales", "1.5"])
     results = read_json(tmp_path / "token_distance_digits.json")
     names = ["teacher, 3 steps", "teacher, 2 steps", "student, 1 step"]

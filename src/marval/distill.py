@@ -136,9 +136,7 @@ def distill(config: DistillConfig, teacher_folder: Path, out: Path, resume: bool
             return matching.refresh(Context(*context))
 
     def read(step: int) -> tuple[Tensor, Tensor]:
-        """Tokens of this process's rows, and labels of the whole batch; nothing where the contexts stay."""
-        if step % config.context_updates:
-            return torch.empty(0), torch.empty(0)
+        """Tokens of this process's rows, and labels of the whole batch."""
         index = batch_indices(len(data), config.batch, step, config.seed)
         g = rng.generator(config.seed, 7, step, device=world.device)
         own = batch_tokens(data, tokenizer, index, world.rows(config.batch), g, flip=config.flip)
@@ -179,14 +177,16 @@ def distill(config: DistillConfig, teacher_folder: Path, out: Path, resume: bool
         return contexts, watched
 
     contexts, seen = [], {}
+    batches = run.read_ahead(read, start, data, config.context_updates)
     progress = run.progress(start)
-    for step, (own_tokens, labels) in zip(progress, run.read_ahead(read, start, data), strict=True):
+    for step in progress:
         if curve.best["stop"]:  # a resumed run that had stopped
             progress.stop(f"stopped: {curve.best['stop']}")
             break
         g = rng.generator(config.seed, 3, step, device=world.device)
         if step % config.context_updates == 0:
-            contexts, seen = draw_contexts(own_tokens, labels, g, rng.generator(config.seed, 4, step))
+            contexts = []  # the old ones make room
+            contexts, seen = draw_contexts(*next(batches), g, rng.generator(config.seed, 4, step))
         elif config.trained == "all":
             contexts = [call("conditions", refreshed, *context) for context in contexts]
         watched, noise_shape = dict(seen), (config.batch, contexts[0].masked.shape[1], tokenizer.token_dim)

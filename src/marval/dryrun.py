@@ -53,8 +53,8 @@ IMAGENET = 1_281_167
 """Training images of ImageNet."""
 H200_SHARE: dict[Verb, float] = {"train": 0.33, "distill": 0.33, "rl": 0.22, "evaluate": 0.33}
 """Share of the rate of its matrix products in bf16 that a run reaches on an H200: measured for MAR-B
-(docs/performance.md), for evaluation a guess. RL waits for its launches: 11 % with 16 images in a process, hence about
-twice that with the 32 of the recipes on eight GPUs."""
+(docs/performance.md; distillation with one update per context), for evaluation a guess. RL waits for its launches: 11 %
+with 16 images in a process, hence about twice that with the 32 of the recipes on eight GPUs."""
 ALONE = World(0, 1, torch.device("cpu"))
 DRAWN = 250
 """Images of an evaluation that a process draws at a time, at most."""
@@ -158,9 +158,14 @@ def _distill(config: DistillConfig, model: MARConfig, share: _Share, decoder: De
         "inference": lambda u: masking.inference_masked_count(model.num_tokens, config.ar_steps, u),
     }[config.mask_ratios]
     cost = _over_masks(ratio, _matching_work(matching, updates, config, model, share))
-    made = _over_masks(ratio, lambda num_masked: _contexts(matching, config, model, share, num_masked))
-    again = _over_masks(ratio, lambda num_masked: _contexts(matching, config, model, share, num_masked, True))
-    cost.operations -= (1 - 1 / config.context_updates) * (made.operations - again.operations)
+    if config.context_updates > 1:
+        made, again = (
+            _over_masks(
+                ratio, lambda num_masked, again=again: _contexts(matching, config, model, share, num_masked, again)
+            )
+            for again in (False, True)
+        )
+        cost.operations -= (1 - 1 / config.context_updates) * (made.operations - again.operations)
     networks = {
         "teacher": teacher,
         "student": matching.student,
@@ -365,7 +370,7 @@ def _contexts(
     when it meets the same ones again."""
     tokens, visible, masked, labels = _inputs(model, share.part, num_masked)
     w, condition = _zeros(share.part, 1), _zeros(share.part, num_masked, model.width)
-    with torch.no_grad(), autocast(config, ALONE.device):
+    with autocast(config, ALONE.device):
         if again:
             context = Context(tokens, visible, masked, labels, w, condition, condition, condition)
             return [matching.refresh(context) for _ in range(share.parts)]

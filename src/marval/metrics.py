@@ -65,8 +65,8 @@ def frechet_distance(a: Moments, b: Moments) -> float:
     return float(difference @ difference + np.trace(a.sigma) + np.trace(b.sigma) - 2 * product_root.sum())
 
 
-def energy_distance(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Energy distance 2 E|a - b| - E|a - a'| - E|b - b'| (Szekely and Rizzo 2013), and E|a - a'|.
+def energy_distance(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Energy distance 2 E|a - b| - E|a - a'| - E|b - b'| (Szekely and Rizzo 2013), E|a - a'| and E|b - b'|.
 
     Zero where the distributions are the same; unbiased, so estimates may be negative. It needs no network, so it suits
     few samples of low dimension: tokens that are drawn many times in the same context.
@@ -75,7 +75,7 @@ def energy_distance(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         a, b: (..., N, D) and (..., M, D) samples of each pair of distributions.
 
     Returns:
-        The distances (...), and the mean distance (...) of two samples of ``a``, to which they can be compared.
+        The distances (...), and the mean distances (...) of two samples of each, to which they can be compared.
 
     Raises:
         ValueError: fewer than two samples.
@@ -83,11 +83,12 @@ def energy_distance(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     if min(a.shape[-2], b.shape[-2]) < 2:
         raise ValueError(f"an energy distance needs 2 samples of each, got {a.shape[-2]} and {b.shape[-2]}")
 
-    def within(x: Tensor) -> Tensor:
-        return torch.cdist(x, x).sum((-2, -1)) / (x.shape[-2] * (x.shape[-2] - 1))
+    def total(x: Tensor, y: Tensor) -> Tensor:
+        return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist").sum((-2, -1))
 
-    spread = within(a)
-    return 2 * torch.cdist(a, b).mean((-2, -1)) - spread - within(b), spread
+    n, m = a.shape[-2], b.shape[-2]
+    within_a, within_b = total(a, a) / (n * (n - 1)), total(b, b) / (m * (m - 1))
+    return 2 * total(a, b) / (n * m) - within_a - within_b, within_a, within_b
 
 
 def inception_score(logits: Tensor, splits: int = 10) -> tuple[float, float]:

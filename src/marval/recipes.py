@@ -203,7 +203,7 @@ def cifar10_cpu_teacher() -> TrainConfig:
 def cifar10_student() -> DistillConfig:
     """One-step student of the `cifar10` teacher, on one GPU: `pictures_student`.
 
-    Run so far: 3,915 updates of 128, in 68 seconds (docs/results.md).
+    Run so far: 3,915 updates of 128, in 68 seconds, for scales up to 3 (docs/results.md).
     """
     return pictures_student("data/cifar10.npz", guidance=3.0, highest=4.0)
 
@@ -352,9 +352,8 @@ def imagenet_student() -> DistillConfig:
 
     The paper's (MARVAL, arXiv 2511.15190), as others report it: the updates of 30 epochs on 8 A800, w = 1.2. Ours,
     because the paper does not state it or our experiments differ: batch 256, learning rates, lambda -0.4, K = 64, the
-    head alone (--trained all trains everything), four updates on the same contexts (which makes it
-    7.5 epochs; on small models as good, update for update: docs/LOG.md, 2026-11-26), the guidance scale as an input of
-    the student.
+    head alone (--trained all trains everything), four updates on the same contexts (which makes it 7.5 epochs; on small
+    models about as good, update for update: docs/LOG.md, 2026-11-26), the guidance scale as an input of the student.
     """
     return DistillConfig(
         data="imagenet-latents", classes="imagenet", image_size=256, flip=True, batch=256, steps=updates(30, 256),

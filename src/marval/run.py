@@ -187,9 +187,12 @@ class Run:
         """Whether something that happens every so many updates happens after update ``step``; always at the end."""
         return every > 0 and (step % every == 0 or step == self.config.steps)
 
-    def read_ahead(self, read: Callable[[int], Read], start: int, data: ImageDataset | LatentDataset) -> Iterator[Read]:
-        """``read(step)`` of each remaining update; one ahead, in the background, where data come from files."""
-        steps = range(start, self.config.steps)
+    def read_ahead(
+        self, read: Callable[[int], Read], start: int, data: ImageDataset | LatentDataset, every: int = 1
+    ) -> Iterator[Read]:
+        """``read(step)`` of each remaining update, or of one in so many; one ahead, in the background, where data come
+        from files."""
+        steps = range(start, self.config.steps, every)
         on_disk = isinstance(data, LatentDataset) or isinstance(data.images, LazyImages)
         return prefetch(read, steps) if on_disk else map(read, steps)
 
