@@ -108,8 +108,8 @@ def quality(
         raise ValueError(f"{networks['judge'].name} does not read all of the classes {', '.join(class_names)}")
     right = logits.argmax(1).numpy() == indices[labels]
     whole = {name: {split: moments(x) for split, x in splits.items()} for name, splits in real.items()}
-    train = real["judge"]["train"]
-    train = train[torch.randperm(len(train), generator=generator(0))]  # the data may be sorted by class
+    train, device = real["judge"]["train"], networks["judge"].device
+    train = train[torch.randperm(len(train), generator=generator(0))].to(device)  # the data may be sorted by class
     found: dict[int, dict[str, float]] = {}
     for count in counts:
         values: dict[str, float] = {"images": min(count, len(images)), "accuracy": float(right[:count].mean())}
@@ -117,7 +117,7 @@ def quality(
             drawn = moments(features.pooled[:count])
             for split, reference in whole[name].items():
                 values[f"fid_{name}_{split}"] = frechet_distance(reference, drawn)
-        pooled = seen["judge"].pooled[:count]
+        pooled = seen["judge"].pooled[:count].to(device)
         values["precision"], values["recall"] = precision_recall(pooled, train[: len(pooled)], NEIGHBOURS)
         found[count] = values
     return found
@@ -174,7 +174,7 @@ class Study:
         for model in self.models.values():
             if precision == "bf16":
                 model.network.to_bf16()
-            model.accelerate()
+            model.accelerate(graphs=model.device.type == "cuda")
         self.common = {"guidance": sampling.guidance, "guidance_schedule": sampling.guidance_schedule}
         tokens, has_aligned = student.network.config.num_tokens, "aligned" in self.models
         others = sorted({*(k for k in AR_STEPS if k < tokens), tokens} - {sampling.ar_steps})

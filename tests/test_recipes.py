@@ -83,7 +83,10 @@ def test_pictures_fit_each_other_and_the_machine(name: str):
     assert teacher.batch <= 64 or not on_cpu
     with torch.device("meta"):
         parameters = sum(p.numel() for p in MAR(made).parameters())
-    assert 24 * parameters < 64 * 2**20, "checkpoint.pt (16 bytes each), model.safetensors and best/ travel together"
+    if name == "imagenette64":
+        assert 2 * parameters < 16 * 2**20, "run whole in minutes; its weights travel in float16"
+    else:
+        assert 24 * parameters < 64 * 2**20, "checkpoint.pt (16 bytes each), model.safetensors and best/ travel"
     reference = recipes.EVALUATE[name]().reference.removesuffix(":train")
     assert teacher.data.startswith(reference.removesuffix(".npz"))
 

@@ -115,6 +115,14 @@ def test_decode_has_gradients_and_its_weights_none(tokenizer):
     assert float(given.grad.norm()) == pytest.approx(float(high - low) / 2e-2, rel=0.02)
 
 
+def test_weights_that_a_sampler_moves_can_serve_gradients_later(codec):
+    """On a GPU the move made new tensors, inference tensors in a sampler: RL failed at its first update."""
+    tokenizer = load_tokenizer(str(codec), 32, 1).to("meta")
+    with torch.inference_mode():
+        tokenizer._loaded()
+    assert not any(p.is_inference() for p in tokenizer._loaded().parameters())
+
+
 @pytest.mark.parametrize(
     ("token_dim", "width"), [(1, 1024), (16, 1024), (17, 1152), (32, 1536), (64, 2048), (256, 4096)]
 )

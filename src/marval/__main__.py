@@ -300,7 +300,7 @@ def bench_verb(args: list[str]) -> None:
 def classifier_verb(args: list[str]) -> None:
     def train_classifier(
         *, data: str, out: Path, arch: Literal["conv", "resnet"] = "conv", epochs: int = 20, seed: int = 0,
-        image_size: int | None = None,
+        image_size: int | None = None, device: str = "auto",
     ) -> None:  # fmt: skip
         """Train a small image classifier for features, accuracy and rewards.
 
@@ -311,16 +311,19 @@ def classifier_verb(args: list[str]) -> None:
             epochs: Passes over the training images.
             seed: Of initialisation, batches and augmentation.
             image_size: Centre-crop and scale the images to this size.
+            device: cpu, cuda, or auto.
         """
         from marval.data import load_dataset
+        from marval.distributed import connect
         from marval.models.classifier import train_classifier
         from marval.run import new_folder
 
         if epochs < 1:
             raise ValueError(f"epochs {epochs} must be at least 1")
+        where = connect(device).device
         splits = [load_dataset(data, split, image_size) for split in ("train", "test")]
         new_folder(out)
-        classifier, metrics = train_classifier(*splits, arch=arch, epochs=epochs, seed=seed)
+        classifier, metrics = train_classifier(*splits, arch=arch, epochs=epochs, seed=seed, device=where)
         classifier.save(out)
         print(f"classifier in {out}: {100 * metrics['accuracy_held_out']:.1f} % of {len(splits[1])} held-out images")
 

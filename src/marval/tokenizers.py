@@ -150,7 +150,8 @@ class LatentTokenizer:
         if self._autoencoder is None:
             if self.folder is None:
                 raise ValueError(NO_IMAGES)
-            self._autoencoder = load_autoencoder(self.folder).to(self._device)
+            with torch.inference_mode(False):  # a sampler may load and move it; its weights must serve gradients later
+                self._autoencoder = load_autoencoder(self.folder).to(self._device)
         return self._autoencoder
 
     def moments(self, images: Tensor) -> Tensor:

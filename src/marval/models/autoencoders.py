@@ -81,20 +81,19 @@ def load_autoencoder(folder: Path) -> "KL | TAESD":
     """
     kind = describe(folder).kind
     config, tensors, source = read_json(folder / CONFIG), load_tensors(folder / WEIGHTS), str(folder / WEIGHTS)
-    with torch.inference_mode(False):  # a sampler may load it; the weights must serve gradients later
-        if kind == "AutoencoderKL":
-            autoencoder = KL(config, str(folder / CONFIG))
-            load_strictly(autoencoder.kl, {_new_name(name): _matrix(name, t) for name, t in tensors.items()}, source)
-        else:
-            try:
-                autoencoder = TAESD(
-                    config["latent_channels"], config["num_encoder_blocks"], config["num_decoder_blocks"],
-                    config["encoder_block_out_channels"][0], config["decoder_block_out_channels"][0],
-                    config.get("in_channels", 3), pool=kind == "AutoencoderTinyPool",
-                )  # fmt: skip
-            except (KeyError, TypeError, IndexError) as error:
-                raise ValueError(f"{folder / CONFIG} is no complete config of an {kind}: {error}") from None
-            load_strictly(autoencoder, {name.replace(".layers.", "."): t for name, t in tensors.items()}, source)
+    if kind == "AutoencoderKL":
+        autoencoder = KL(config, str(folder / CONFIG))
+        load_strictly(autoencoder.kl, {_new_name(name): _matrix(name, t) for name, t in tensors.items()}, source)
+    else:
+        try:
+            autoencoder = TAESD(
+                config["latent_channels"], config["num_encoder_blocks"], config["num_decoder_blocks"],
+                config["encoder_block_out_channels"][0], config["decoder_block_out_channels"][0],
+                config.get("in_channels", 3), pool=kind == "AutoencoderTinyPool",
+            )  # fmt: skip
+        except (KeyError, TypeError, IndexError) as error:
+            raise ValueError(f"{folder / CONFIG} is no complete config of an {kind}: {error}") from None
+        load_strictly(autoencoder, {name.replace(".layers.", "."): t for name, t in tensors.items()}, source)
     return autoencoder.eval().requires_grad_(False)
 
 
