@@ -633,7 +633,10 @@ def main(words: list[str] | None = None) -> dict[str, Any]:
         if any(fnmatch.fnmatch(name, pattern) for pattern in patterns):
             suite.run(name, work, seconds)
     places = {name: place for place, (name, _, _) in enumerate(planned)}
-    suite.result["stages"].sort(key=lambda stage: places.get(stage["stage"], len(places)))
+    place, order = 0, {}
+    for stage in suite.result["stages"]:  # those of an earlier run with --reference stay behind the one before them
+        place = order[stage["stage"]] = places.get(stage["stage"], place)
+    suite.result["stages"].sort(key=lambda stage: order[stage["stage"]])
     write_json(args.out, suite.result)
     return suite.result
 

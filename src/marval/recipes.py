@@ -237,9 +237,9 @@ def cifar10_evaluation() -> EvaluateConfig:
 def imagenette64_teacher() -> TrainConfig:
     """Imagenette, 10 ImageNet classes, as 64 latents of the 64x64 photographs, on one GPU: 311 epochs.
 
-    7.9 M parameters; 212 seconds on an H200 with --graphs, without sample grids (2026-11-26; docs/results.md): churches, horns, trucks,
-    pumps, golf balls and parachutes are recognised, most cassette players and dogs, fish and chain saws guessed;
-    ImageNet's MobileNetV2 reads one in five, of the photographs two.
+    7.9 M parameters; 212 seconds on an H200 with --graphs, without sample grids (2026-11-26; docs/results.md).
+    Churches, horns, trucks, pumps, golf balls and parachutes are recognised, most cassette players and dogs, fish and
+    chain saws guessed; ImageNet's MobileNetV2 reads one in five, of the photographs two.
 
     Latents of the tiny autoencoder taef2 (32 channels, stride 8), because a token of 8x8 pixels has 192 numbers, too
     many for a head that is 192 wide, and 256 tokens of 4x4 pixels cost four times as much; its reconstructions lose
