@@ -200,10 +200,13 @@ class Study:
         """Add entries to the rows, or to the clock, of the file."""
         results = self.read()
         results[part] |= entries
-        about = {f"about {part}": about_now(self.models["student"].device)}
-        results |= {"name": self.name, "folder": shown_folder(self.folder)} | about
+        results |= {"name": self.name, "folder": shown_folder(self.folder)}
+        about = about_now(self.models["student"].device)
         if part == "rows":
             results["flags"] = self.flags
+            results.setdefault("about rows", {})[self.models["student"].device.type] = about
+        else:
+            results["about clock"] = about
         self.file.parent.mkdir(parents=True, exist_ok=True)
         write_json(self.file, results)
 

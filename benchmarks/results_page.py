@@ -101,6 +101,15 @@ def measured_on(about: Mapping[str, Any], precision: str = "float32") -> str:
     return f"{about['date']}, {place.get('gpu', cpu)}, {precision}, PyTorch {about['versions']['torch']}"
 
 
+def where(results: Mapping[str, Any], precision: str) -> str:
+    """The devices that measured the rows, and how many each if there are several."""
+    devices = [row["device"] for row in results["rows"].values()]
+    about = {device: measured_on(about, precision) for device, about in results["about rows"].items()}
+    if len(about) == 1:
+        return "".join(about.values())
+    return "; ".join(f"{devices.count(device)} rows and seeds on {text}" for device, text in about.items())
+
+
 def shown_folder(folder: Path) -> str:
     """As a command shows it: no path of one machine."""
     return folder.name if folder.is_absolute() else folder.as_posix()
@@ -244,7 +253,7 @@ def section(results: Mapping[str, Any], pictures: Path) -> str:
     digests = ", ".join(f"{role} {protocol[role]}" for role in ("teacher", "student", "aligned") if role in protocol)
     parts = [
         f"### {name}",
-        f"Measured by {command}, {measured_on(results['about rows'], precision)}. Data: "
+        f"Measured by {command}, {where(results, precision)}. Data: "
         f"{protocol['data']}, {protocol['train images']:,} training and {protocol['test images']:,} test images. "
         f"Guidance w = {protocol['guidance']:g}, {protocol['guidance_schedule']}. Classifier: "
         f"{protocol['classifier']}. Judge: {protocol['judge']}. Models: {digests}.",
