@@ -445,3 +445,17 @@ def test_an_order_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         capsys, *sample, "--order", "0,1,1," + raster[6:], "--out", tmp_path / "c"
     )
     assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [({}, "3000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "None")],
+)
+def test_waiting_threads_sleep_soon_unless_the_user_says_otherwise(given, expected):
+    code = "import os, sys; from marval.__main__ import main; main(); print(os.environ.get('GOMP_SPINCOUNT'))"
+    env = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    done = subprocess.run([sys.executable, "-c", code, "--help"], env=env | given, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == expected
+    library = code.replace("main()", "main(['--help'])")
+    done = subprocess.run([sys.executable, "-c", library], env=env | given, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == given.get("GOMP_SPINCOUNT", "None")

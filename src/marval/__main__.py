@@ -27,6 +27,9 @@ USAGE = """usage: marval VERB ...
 `marval VERB --help` lists a verb's options; for those with recipes, `marval train digits --help`.
 Recipes: digits, fashion-mnist; cifar10, imagenette64, emoji (one GPU), also with -cpu; imagenet256-b, -l, -h.
 --dry-run says what a run needs."""
+SPIN_COUNT = "3000"
+"""Turns for which a waiting thread of GNU OpenMP spins before it sleeps, by default 300,000, about a millisecond.
+Beside other programs such threads hold the cores that the others wait for (docs/LOG.md, 2026-11-26)."""
 
 
 def train_verb(args: list[str]) -> None:
@@ -458,6 +461,8 @@ def main(argv: list[str] | None = None) -> None:
     if not args or args[0] in ("-h", "--help"):
         args = ["--help"]
     verb, failure = args[0], None
+    if argv is None and "OMP_WAIT_POLICY" not in os.environ:  # a script's environment is its own
+        os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)  # read when PyTorch is imported
     try:
         if verb == "--help":
             print(USAGE)
