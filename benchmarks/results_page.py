@@ -107,7 +107,7 @@ def where(results: Mapping[str, Any], precision: str) -> str:
     about = {device: measured_on(about, precision) for device, about in results["about rows"].items()}
     if len(about) == 1:
         return "".join(about.values())
-    return "; ".join(f"{devices.count(device)} rows and seeds on {text}" for device, text in about.items())
+    return "; ".join(f"{text} ({devices.count(device)} rows and seeds)" for device, text in about.items())
 
 
 def shown_folder(folder: Path) -> str:
