@@ -97,8 +97,10 @@ def about_now(device: torch.device) -> dict[str, Any]:
 def measured_on(about: Mapping[str, Any], precision: str = "float32") -> str:
     """`about_now` in words; the models' weights have this ``precision``."""
     place = about["machine"]
-    cpu = f"{place['threads']} of {place['cores']} cores of {place['cpu']}"
-    return f"{about['date']}, {place.get('gpu', cpu)}, {precision}, PyTorch {about['versions']['torch']}"
+    device = f"{place['threads']} of {place['cores']} cores of {place['cpu']}"
+    if "gpu" in place:
+        device = f"{place['gpu']} (`--device cuda`)"
+    return f"{about['date']}, {device}, {precision}, PyTorch {about['versions']['torch']}"
 
 
 def where(results: Mapping[str, Any], precision: str) -> str:

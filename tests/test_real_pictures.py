@@ -186,7 +186,7 @@ def test_rows_of_several_devices_are_told_apart(scripts):
     about = {"machine": {"threads": 1, "cores": 2, "cpu": "Z80"}, "versions": {"torch": "2"}, "date": "today"}
     gpu = about | {"machine": about["machine"] | {"gpu": "H200"}}
     results = {"rows": {str(i): {"device": "cuda" if i else "cpu"} for i in range(3)}, "about rows": {"cuda": gpu}}
-    assert page.where(results, "bf16") == (on_gpu := "today, H200, bf16, PyTorch 2")
+    assert page.where(results, "bf16") == (on_gpu := "today, H200 (`--device cuda`), bf16, PyTorch 2")
     results["about rows"]["cpu"] = about
     on_cpu = "today, 1 of 2 cores of Z80, bf16, PyTorch 2"
     assert page.where(results, "bf16") == f"{on_gpu} (2 rows and seeds); {on_cpu} (1 rows and seeds)"

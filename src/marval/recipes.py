@@ -285,7 +285,11 @@ def imagenette64_cpu_student() -> DistillConfig:
 
 
 def imagenette64_aligned() -> RLConfig:
-    """`pictures_aligned`, held more tightly: 9,469 photographs make a classifier that is easily pleased."""
+    """`pictures_aligned`, held more tightly: 9,469 photographs make a classifier that is easily pleased.
+
+    Run so far on a CPU, with ``--batch 64 --precision bf16``, 31 updates: held-out reward -0.165 -> -0.151, judge -4.36
+    -> -4.25 after 10 (docs/LOG.md, 2026-11-26).
+    """
     return dataclasses.replace(pictures_aligned(), steps=60, kl=0.3)
 
 
