@@ -47,7 +47,7 @@ from marval.models.mar import MAR
 from marval.pipeline import Pipeline
 from marval.rng import ImageNoise
 from marval.run import Update, autocast, versions
-from marval.sampling import last, one_evaluation, unmask
+from marval.sampling import few_evaluations, last, unmask
 from marval.train import adamw, draw_masks, teacher_loss
 
 GUIDANCE = 2.9
@@ -458,9 +458,9 @@ def match(
         context = matching.context(tokens, visible, masked, labels, w)
     shape = (batch, num_masked, tokens.shape[2])
     while True:
-        updates[1].backward(matching.auxiliary_loss, context, *draw_noise(*shape, config.gsim.auxiliary_t_range, g))
+        updates[1].backward(matching.auxiliary_loss, context, draw_noise(*shape, config.gsim.auxiliary_t_range, g))
         updates[1].step(0)
-        updates[0].backward(matching.student_loss, context, *draw_noise(*shape, config.gsim.t_range, g))
+        updates[0].backward(matching.student_loss, context, draw_noise(*shape, config.gsim.t_range, g))
         yield
         with autocast(config, device):
             context = matching.refresh(context)
@@ -491,7 +491,7 @@ def rl_step(suite: Suite, verb: str, size: str, batch: int) -> Callable[[], None
     tokens, labels, network = tokens[:batch], labels[:batch], matching.student
     counts = masking.masked_counts(tokens.shape[1], config.ar_steps)
     num_masked = masking.inference_masked_count(tokens.shape[1], config.ar_steps, 0.5)
-    draw = one_evaluation(network.head, matching.schedule, student_config.t_init)
+    draw = few_evaluations(network.head, matching.schedule, (student_config.t_init,))
 
     def loss(orders: Tensor, z: Tensor, w: Tensor) -> tuple[Tensor, None]:
         steps = unmask(network, draw, labels, orders, counts, z, guidance=w, checkpoint_ar_steps=True)

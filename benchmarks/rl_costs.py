@@ -85,13 +85,13 @@ def anchor_update(student: Pipeline, folder: Path, config: RLConfig) -> Callable
         with autocast(config, student.device):
             context = matching.context(tokens, visible, masked, labels, w)
             noise = draw_noise(*masked.shape, dim, config.gsim.auxiliary_t_range, g)
-            loss, _ = matching.auxiliary_loss(context, *noise)
+            loss, _ = matching.auxiliary_loss(context, noise)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         with autocast(config, student.device):
             noise = draw_noise(*masked.shape, dim, config.gsim.t_range, g)
-            loss, _ = matching.student_loss(context, *noise)
+            loss, _ = matching.student_loss(context, noise)
         loss.backward()
         for head in (network.head, auxiliary):
             head.zero_grad()

@@ -34,7 +34,7 @@ from marval.diffusion import cosine_schedule, respace
 from marval.floor import H200, Load, by_part, floor_seconds, sampling_loads
 from marval.models.mar import MAR
 from marval.pipeline import Pipeline
-from marval.sampling import diffusion_chain, last, one_evaluation, unmask
+from marval.sampling import diffusion_chain, few_evaluations, last, unmask
 
 # ---- bench
 
@@ -178,7 +178,7 @@ def test_operations_are_those_of_pytorchs_counter(preset: str, guided: bool, hea
     orders = torch.zeros(batch, model.num_tokens, dtype=torch.long, device="meta")
     counts = masking.masked_counts(model.num_tokens, ar_steps)
     with without_data(), torch.no_grad(), Work() as work:
-        draw = one_evaluation(network.head, cosine_schedule(), 755)
+        draw = few_evaluations(network.head, cosine_schedule(), (755,))
         if guided:
             draw = diffusion_chain(network.head, respace(cosine_schedule(), head_steps), noise, "ddim")
         last(unmask(network, draw, orders[:, 0], orders, counts, z, guidance=2.0, needs_null=guided))

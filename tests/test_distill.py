@@ -99,6 +99,7 @@ def test_every_setting_changes_the_run(tmp_path: Path):
         "squared": {"gsim": GSIMConfig(distance="squared")},
         "guidance": {"student": StudentConfig(guidance=3.0)},
         "t-init": {"student": StudentConfig(t_init=600)},
+        "evaluations": {"student": StudentConfig(evaluations=2)},
         "classes": {"class_drop": 0.9},
         "seed": {"seed": 1},
         "bf16": {"precision": "bf16"},

@@ -293,7 +293,7 @@ def test_before_and_after(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert "teacher; then student" in printed
     assert sorted(os.listdir(out.parent)) == ["out.json"]
 
-    with pytest.raises(ValueError, match="--before compares two models at one setting: give one --guidance"):
+    with pytest.raises(ValueError, match="--before compares two models at one setting: give one value"):
         evaluate_folder(tiny.student(), out, config(ar_steps="2,4"), before=tiny.teacher())
     with pytest.raises(ValueError, match="draws other classes, images or tokens than"):
         evaluate_folder(tiny.student(), tmp_path / "x.json", config(), before=Path("fashion-mnist/student"))

@@ -266,7 +266,7 @@ def test_recorded_functions_read_no_tensor_but_their_inputs():
         pipeline.call = recording
         pipeline.sample_tokens([0, 1], seed=1)
         pipeline.sample([0, 1], seed=1)
-    assert set(kinds) == {"backbone", ("chain", True, 1.0), ("scalars",), ("student", 1.0)}
+    assert set(kinds) == {"backbone", ("chain", True, 1.0), ("scalars",), ("student", (755,), 1.0), "images"}
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")
@@ -296,9 +296,11 @@ def test_graphs_draw_the_same(student: bool):
         for settings in ({}, {"guidance_schedule": "linear"} if not student else {}, {"ar_steps": 3}):
             expected = plain.sample_tokens([0, 1, None], seed=seed, **settings)
             assert_close(graphed.sample_tokens([0, 1, None], seed=seed, **settings), expected, rtol=1e-4, atol=1e-4)
+            images = [each.sample([0, 1, None], seed=seed, **settings).astype(int) for each in (plain, graphed)]
+            assert abs(images[0] - images[1]).max() <= 1
     assert isinstance(graphed.call, Graphs)
     recorded = len(graphed.call)
-    graphed.sample_tokens([2, 1, 0], seed=3)
+    graphed.sample([2, 1, 0], seed=3)
     assert len(graphed.call) == recorded
 
 

@@ -195,6 +195,13 @@ def test_one_step_of_a_point_mass_is_the_point(t_init):
     assert_close(x0, COND.float().expand(50, 2), rtol=0, atol=2e-5)
 
 
+def test_a_second_step_is_the_x0_estimate_of_the_token_noised_anew():
+    z, x0, t = randn(50, 2), randn(50, 2), torch.tensor([20, 377, 755]).repeat(17)[:50]
+    found = gsim.one_step(lambda x: gaussian_eps(x, t, COND, STD), z, SCHEDULE, t, x0)
+    x_t = q_sample(SCHEDULE, x0, t, z)
+    assert_close(found, x0_from_eps(SCHEDULE, x_t, t, gaussian_eps(x_t, t, COND, STD)))
+
+
 def test_draw_timesteps_includes_both_ends():
     t = gsim.draw_timesteps((50, 100), (20, 23), torch.Generator().manual_seed(0))
     assert t.shape == (50, 100)

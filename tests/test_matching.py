@@ -1,28 +1,27 @@
 """GSIM on contexts: which gradients flow, which conditions each network sees, and what is kept for RL."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import tiny
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
 from torch.testing import assert_close
 
 from marval.checkpoint import save_tensors
 from marval.config import GSIMConfig, StudentConfig
 from marval.diffusion import cosine_schedule
-from marval.matching import Context, ScoreMatching, copy_auxiliary, copy_network, draw_noise, load_scores
+from marval.matching import Context, Noise, ScoreMatching, copy_auxiliary, copy_network, draw_noise, load_scores
 from marval.models.mar import MAR
 from marval.pipeline import Pipeline
 from marval.rng import generator
+from marval.sampling import few_evaluations
 from marval.train import draw_masks
 
-Noise = tuple[Tensor, Tensor, Tensor]
 
-
-def made(trained: str, kind: str = "head") -> tuple[ScoreMatching, Context, Noise]:
+def made(trained: str, kind: str = "head", evaluations: int = 1) -> tuple[ScoreMatching, Context, Noise]:
     """Losses of a student whose networks were moved apart, on a context with half of the tokens masked."""
     g = generator(0)
     teacher = Pipeline.load(tiny.teacher()).network.requires_grad_(False)
@@ -31,12 +30,14 @@ def made(trained: str, kind: str = "head") -> tuple[ScoreMatching, Context, Nois
         for parameter in (*student.parameters(), *auxiliary.parameters()):
             if parameter.requires_grad:
                 parameter += 0.02 * torch.randn(parameter.shape, generator=g)
-    scores = ScoreMatching(teacher, student, auxiliary, StudentConfig(), GSIMConfig(), cosine_schedule())
+    scores = ScoreMatching(
+        teacher, student, auxiliary, StudentConfig(evaluations=evaluations), GSIMConfig(), cosine_schedule()
+    )
     length, dim = student.config.num_tokens, student.config.token_dim
     visible, masked = draw_masks(4, length, length // 2, g)
     tokens = torch.randn(4, length, dim, generator=g).clamp(-1, 1)
     context = scores.context(tokens, visible, masked, torch.arange(4), torch.full((4, 1), 1.5))
-    return scores, context, draw_noise(4, length // 2, dim, (20, 900), g)
+    return scores, context, draw_noise(4, length // 2, dim, (20, 900), g, evaluations)
 
 
 KINDS = pytest.mark.parametrize(("trained", "kind"), [("head", "head"), ("all", "head"), ("all", "network")])
@@ -48,19 +49,41 @@ def test_each_loss_moves_its_own_network(trained: str, kind: str, monkeypatch: p
     """The auxiliary's loss gives the student nothing; the student's takes the auxiliary's condition as constant."""
     scores, context, noise = made(trained, kind)
     own = [p for p in scores.student.parameters() if p.requires_grad]
-    scores.auxiliary_loss(context, *noise)[0].backward()
+    scores.auxiliary_loss(context, noise)[0].backward()
     assert all(p.grad is None for p in own)
     assert all(p.grad is not None for p in scores.auxiliary.parameters())
 
-    loss = scores.student_loss(context, *noise)[0]
+    loss = scores.student_loss(context, noise)[0]
     gradients = torch.autograd.grad(loss, own)
     plain = scores.eps_auxiliary
     monkeypatch.setattr(scores, "eps_auxiliary", lambda c, x_t, t, condition: plain(c, x_t, t, condition.detach()))
     for found, expected in zip(
-        gradients, torch.autograd.grad(scores.student_loss(context, *noise)[0], own), strict=True
+        gradients, torch.autograd.grad(scores.student_loss(context, noise)[0], own), strict=True
     ):
         assert_close(found, expected)
     assert all(p.grad is None for p in scores.teacher.parameters())
+
+
+def test_several_evaluations():
+    """Each token is that of its own evaluation, as the sampler draws it; only this one carries gradients."""
+    scores, context, noise = made("head", evaluations=4)
+    assert set(noise.level.flatten().tolist()) == {0, 1, 2, 3}
+    found = scores.generate(context, noise, context.student.requires_grad_())
+    for level in range(4):
+        times = StudentConfig(evaluations=4).timesteps(4)[: level + 1]
+        later = SimpleNamespace(randn=lambda *_: noise.z[:, :, 1 : level + 1].transpose(1, 2))  # noqa: B023
+        draw = few_evaluations(scores.student.head, scores.schedule, times, later)
+        drawn = draw(context.student, None, noise.z[:, :, 0], context.w)
+        here = noise.level == level
+        assert_close(found[here], drawn[here], rtol=1e-4, atol=1e-4)
+    drawn_once = scores.generate(context, noise._replace(level=torch.zeros_like(noise.level)), context.student)
+    assert not torch.allclose(found, drawn_once, atol=1e-2)
+
+    (through_all,) = torch.autograd.grad(drawn[noise.level == 3].sum(), context.student, retain_graph=True)
+    (through_last,) = torch.autograd.grad(found[noise.level == 3].sum(), context.student)
+    assert through_last[noise.level == 3].any()
+    assert not through_last[noise.level != 3].any()
+    assert not torch.allclose(through_all, through_last, atol=1e-3)
 
 
 def test_the_auxiliary_sees_the_students_conditions():

@@ -26,23 +26,27 @@ KEEP = np.eye(4, dtype=bool)
 
 @pytest.fixture
 def make(tiny_mar):
-    """``make(kind)``: a teacher, a student of fixed guidance 1.5, or a student of the guidance range [1, 3]."""
+    """``make(kind)``: a teacher, a student of fixed guidance 1.5, one that draws with 2 of 4 evaluations, or one of the
+    guidance range [1, 3]."""
 
     def make(kind="teacher") -> Pipeline:
-        defaults = SamplingConfig(ar_steps=4, head_steps=5)
+        few = kind == "few"
+        defaults = SamplingConfig(ar_steps=4, head_steps=5, evaluations=2 if few else 1)
         student = None
         if kind != "teacher":
-            student = StudentConfig(guidance_range=(1.0, 3.0) if kind == "range" else None)
+            range = (1.0, 3.0) if kind == "range" else None
+            student = StudentConfig(guidance_range=range, evaluations=4 if few else 1)
         return Pipeline(tiny_mar(guidance_input=kind == "range"), TOKENIZER, NAMES, defaults, student, {"data": "none"})
 
     return make
 
 
-KINDS = pytest.mark.parametrize("kind", ["teacher", "student", "range"])
+KINDS = pytest.mark.parametrize("kind", ["teacher", "student", "few", "range"])
 
 
 @pytest.mark.parametrize(
-    ("kind", "solver"), [("teacher", "ancestral"), ("teacher", "ddim"), ("student", None), ("range", None)]
+    ("kind", "solver"),
+    [("teacher", "ancestral"), ("teacher", "ddim"), ("student", None), ("few", None), ("range", None)],
 )
 def test_images_do_not_depend_on_the_batch(make, kind, solver):
     model = make(kind)
@@ -56,6 +60,20 @@ def test_images_do_not_depend_on_the_batch(make, kind, solver):
         assert_close(draw, draws[0], rtol=0, atol=1e-3)
     assert_close(model.sample_tokens([0, 2], seed=5, solver=solver), draws[0][:2], rtol=0, atol=1e-3)
     assert float((model.sample_tokens([0, 2], seed=6, solver=solver) - draws[0][:2]).abs().mean()) > 0.05
+
+
+def test_evaluations_of_a_student(make):
+    """1, 2 or 4 of a student that was distilled for 4; the first is the same."""
+    model = make("few")
+    draws = {n: model.sample_tokens([0, 1], seed=3, ar_steps=1, evaluations=n) for n in (1, 2, 4)}
+    assert float((draws[1] - draws[2]).abs().mean()) > 0.05
+    assert float((draws[2] - draws[4]).abs().mean()) > 0.05
+    assert torch.equal(draws[1], make("student").sample_tokens([0, 1], seed=3, ar_steps=1))
+    assert StudentConfig(evaluations=4).timesteps(4) == (755, 566, 377, 188)
+    assert StudentConfig(evaluations=4).timesteps(2) == (755, 377)
+    for n in (3, 8):
+        with pytest.raises(ValueError, match=f"draws with 1 or 2 or 4 evaluations of its head, got {n}"):
+            model.sample(0, evaluations=n)
 
 
 @KINDS
@@ -105,6 +123,8 @@ def test_any_number_of_ar_steps(make, kind):
         ({"ar_steps": 0}, "AR steps must be at least 1, got 0"),
         ({"head_steps": 0}, "denoising steps must be at least 1, got 0"),
         ({"head_steps": 1001}, r"denoising steps must be in \[1, 1000\], got 1001"),
+        ({"evaluations": 0}, "number of evaluations must be at least 1, got 0"),
+        ({"evaluations": 2}, "evaluations 2 is for students: a teacher takes head_steps"),
         ({"guidance": -0.5}, r"guidance must .* negative, got -0\.5"),
         ({"guidance": float("nan")}, "guidance .* got nan"),
         ({"guidance": float("inf")}, "guidance .* got inf"),
@@ -257,7 +277,7 @@ def rollout(tiny_mar):
     """``rollout(**options)`` -> (tokens, gradient of every parameter) of a student's differentiable rollout, or, with
     ``chain``, of a teacher's with two denoising steps."""
     network = tiny_mar()
-    one = sampling.one_evaluation(network.head, cosine_schedule(), 755)
+    one = sampling.few_evaluations(network.head, cosine_schedule(), (755,))
     noise = ImageNoise(0, [0, 1, 2])
     orders, z, labels = noise.permutation(L), noise.randn(L, 4), torch.tensor([0, 1, 3])
     counts = masking.masked_counts(L, 4)
@@ -295,7 +315,7 @@ def test_truncated_gradient_is_that_of_detached_tokens(tiny_mar, rollout):
     with torch.no_grad():
         network, noise = tiny_mar(), ImageNoise(0, [0, 1, 2])
         orders, z, labels = noise.permutation(L), noise.randn(L, 4), torch.tensor([0, 1, 3])
-        draw = sampling.one_evaluation(network.head, cosine_schedule(), 755)
+        draw = sampling.few_evaluations(network.head, cosine_schedule(), (755,))
         earlier = list(sampling.unmask(network, draw, labels, orders, counts, z))[-2]
     truncated, detached = rollout(grad_ar_steps=[3]), rollout(counts=counts[-2:], tokens=earlier)
     # all known tokens come ascending in the second, those of each AR step in the first: rounding differs
@@ -307,7 +327,7 @@ def test_gradient_against_finite_differences(tiny_mar):
     """Along a random direction of all weights, through every AR step; float32, so to one per cent."""
     network, noise = tiny_mar(), ImageNoise(0, [0])
     orders, z = noise.permutation(L), noise.randn(L, 4)
-    draw = sampling.one_evaluation(network.head, cosine_schedule(), 755)
+    draw = sampling.few_evaluations(network.head, cosine_schedule(), (755,))
     parameters = list(network.parameters())
     random = generator(7)
     direction = [torch.randn(p.shape, generator=random) * p.detach().abs().mean() for p in parameters]

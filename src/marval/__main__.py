@@ -175,7 +175,8 @@ def sample_verb(args: list[str]) -> None:
         ar_steps: int | None = None, guidance: float | None = None,
         guidance_schedule: Literal["constant", "linear"] | None = None, order: str | None = None,
         head_steps: int | None = None, solver: Literal["ancestral", "ddim"] | None = None,
-        temperature: float | None = None, refresh_every: int | None = None, batch_size: int = 64,
+        evaluations: int | None = None, temperature: float | None = None, refresh_every: int | None = None,
+        batch_size: int = 64,
         device: str = "auto", precision: Literal["auto", "float32", "bf16"] = "auto", graphs: bool = False,
         compile: bool = False, shard: bool = False,
     ) -> None:  # fmt: skip
@@ -193,6 +194,7 @@ def sample_verb(args: list[str]) -> None:
             order: random, raster, centre-out, halton, or all token positions, comma-separated, first revealed first.
             head_steps: Denoising steps of a teacher's inner chain.
             solver: How the inner chain steps.
+            evaluations: Of a student's head per token; more than 1 if it was distilled for them.
             temperature: Scale of the noise.
             refresh_every: AR steps from one full pass of the backbone to the next; 1 is exact, more is faster.
             batch_size: Images at a time.
@@ -206,7 +208,8 @@ def sample_verb(args: list[str]) -> None:
 
         settings = {
             "ar_steps": ar_steps, "guidance": guidance, "guidance_schedule": guidance_schedule, "order": order,
-            "head_steps": head_steps, "solver": solver, "temperature": temperature, "refresh_every": refresh_every,
+            "head_steps": head_steps, "solver": solver, "evaluations": evaluations, "temperature": temperature,
+            "refresh_every": refresh_every,
         }  # fmt: skip
         save_images(
             model, out, classes, num_images, seed, batch_size, device, precision, graphs, compile, shard, settings
@@ -229,7 +232,8 @@ def evaluate_verb(args: list[str]) -> None:
     ) -> None:  # fmt: skip
         """Frechet distances, Inception Score, KID, precision, recall, accuracy and rewards of a model's images.
 
-        Several values of --guidance, --ar-steps or --head-steps make a table of all combinations, and a plot.
+        Several values of --guidance, --ar-steps, --head-steps or --evaluations make a table of all combinations, and
+        a plot.
         With --before, two models side by side: rewards before and after RL.
 
         Args:
@@ -255,9 +259,9 @@ def evaluate_verb(args: list[str]) -> None:
 def bench_verb(args: list[str]) -> None:
     def bench(
         *, model: Path, batch: str = "1,64", json: Path | None = None, repeats: int = 10, ar_steps: str = "",
-        head_steps: int | None = None, refresh_every: int | None = None, budget: float | None = None,
-        device: str = "auto", precision: Literal["auto", "float32", "bf16"] = "auto", graphs: bool = False,
-        compile: bool = False,
+        head_steps: int | None = None, evaluations: int | None = None, refresh_every: int | None = None,
+        budget: float | None = None, device: str = "auto", precision: Literal["auto", "float32", "bf16"] = "auto",
+        graphs: bool = False, compile: bool = False,
     ) -> None:  # fmt: skip
         """Time a teacher and its student, split by part, and compare them with the least that the machine needs.
 
@@ -268,6 +272,7 @@ def bench_verb(args: list[str]) -> None:
             repeats: Rounds timed after a warm-up, of a batch or more each; medians are reported.
             ar_steps: Numbers of AR steps K, comma-separated; the model's default if left out.
             head_steps: Denoising steps of the teacher's inner chain.
+            evaluations: Of the student's head per token.
             refresh_every: AR steps from one full pass of the backbone to the next; 1 is exact.
             budget: Milliseconds: also find the largest K whose student image takes no longer, at the first batch size.
             device: cpu, cuda, or auto.
@@ -291,7 +296,7 @@ def bench_verb(args: list[str]) -> None:
         world = connect(device)
         results = bench(
             model, batches, repeats, str(world.device), steps, budget, precision, graphs, compile,
-            head_steps=head_steps, refresh_every=refresh_every,
+            evaluations=evaluations, head_steps=head_steps, refresh_every=refresh_every,
         )  # fmt: skip
         say(table(results))
         if json is not None and world.is_main:

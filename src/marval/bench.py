@@ -27,7 +27,6 @@ from marval.pipeline import Pipeline
 from marval.rng import ImageNoise
 from marval.run import versions
 from marval.shipped import model_folder
-from marval.tokenizers import to_uint8
 
 PARTS = ("encoder", "decoder", "head", "tokenizer", "rest")
 NO_STUDENT = "none: the teacher's head, evaluated once"
@@ -104,7 +103,7 @@ def time_batch(model: Pipeline, config: SamplingConfig, batch: int, seed: int) -
     labels = torch.arange(batch, device=device) % len(model.class_names)
     tokens = model.draw_batch(config, labels, ImageNoise(seed, list(range(batch)), device))
     if model.tokenizer.has_images:
-        to_uint8(model.tokenizer.decode(tokens)).cpu()
+        model.to_images(tokens).cpu()
     synchronise(device)
     return time.perf_counter() - start
 
@@ -218,7 +217,7 @@ def floor_of(model: Pipeline, config: SamplingConfig, batch: int, rates: dict[st
     on_gpu = model.device.type == "cuda"
     teacher = model.student is None
     loads = sampling_loads(
-        model.network.config, config.ar_steps, batch, head_steps=config.head_steps if teacher else 1,
+        model.network.config, config.ar_steps, batch, head_steps=config.head_steps if teacher else config.evaluations,
         guided=teacher and config.guidance != 1, itemsize=int(rates["itemsize"]),
     )  # fmt: skip
     return floor_seconds(loads, rates["matmul"], rates["bandwidth"] if on_gpu else float("inf"))["total"]

@@ -59,10 +59,13 @@ PRESETS = {
 
 @dataclass(frozen=True, kw_only=True)
 class StudentConfig:
-    """How a one-step student is evaluated; stored with its weights."""
+    """How a student is evaluated; stored with its weights."""
 
     t_init: int = 755
-    """Timestep at which the head is evaluated once; sigma/alpha is 2.5 at 755 on the cosine schedule."""
+    """Timestep of the one evaluation of the head, or the first; sigma/alpha is 2.5 at 755 on the cosine schedule."""
+    evaluations: int = 1
+    """Most evaluations of the head per token that it is distilled for; it draws with any number that divides this one.
+    Each but the first starts from the token before it, noised anew, at a timestep evenly below t_init."""
     guidance: float = 1.5
     """Guidance scale the student was distilled for; with a range, the default at sampling."""
     guidance_range: tuple[float, float] | None = None
@@ -70,10 +73,24 @@ class StudentConfig:
 
     def __post_init__(self) -> None:
         check(1 <= self.t_init <= 950, f"t_init must be in [1, 950], got {self.t_init}: beyond 950 rounding dominates")
+        check(self.evaluations >= 1, f"the number of evaluations must be at least 1, got {self.evaluations}")
+        check(self.evaluations <= self.t_init, f"{self.evaluations} evaluations do not fit below t_init {self.t_init}")
         check(self.guidance >= 0, f"guidance must not be negative, got {self.guidance}")
         if self.guidance_range is not None:
             low, high = self.guidance_range
             check(0 <= low <= self.guidance <= high, f"guidance {self.guidance} is outside guidance_range {low} {high}")
+
+    def timesteps(self, evaluations: int) -> tuple[int, ...]:
+        """Of so many evaluations, from t_init down.
+
+        Raises:
+            ValueError: the student was not distilled for this number.
+        """
+        most = self.evaluations
+        known = [str(n) for n in range(1, most + 1) if most % n == 0]
+        fits = evaluations >= 1 and most % evaluations == 0
+        check(fits, f"this student draws with {' or '.join(known)} evaluations of its head, got {evaluations}")
+        return tuple(self.t_init * (evaluations - i) // evaluations for i in range(evaluations))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +100,9 @@ class SamplingConfig:
     ar_steps: int = 8
     """AR steps K, from 1 to the number of tokens."""
     head_steps: int = 100
-    """Denoising steps of the inner chain (a student always uses one evaluation)."""
+    """Denoising steps of a teacher's inner chain."""
+    evaluations: int = 1
+    """Evaluations of a student's head per token: 1, or a number that divides those that it was distilled for."""
     solver: Literal["ancestral", "ddim"] = "ancestral"
     """How the inner chain steps."""
     guidance: float = 1.5
@@ -102,6 +121,7 @@ class SamplingConfig:
         check(self.ar_steps >= 1, f"the number of AR steps must be at least 1, got {self.ar_steps}")
         check(self.refresh_every >= 1, f"refresh_every must be at least 1, got {self.refresh_every}")
         check(self.head_steps >= 1, f"the number of denoising steps must be at least 1, got {self.head_steps}")
+        check(self.evaluations >= 1, f"the number of evaluations must be at least 1, got {self.evaluations}")
         finite = float("inf")
         check(0 <= self.guidance < finite, f"guidance must not be negative, got {self.guidance}; 1 is no guidance")
         check(0 <= self.temperature < finite, f"temperature must not be negative, got {self.temperature}")
@@ -304,7 +324,7 @@ class DistillConfig(CurveConfig):
     gsim: GSIMConfig = GSIMConfig()
     """The objective."""
     student: StudentConfig = StudentConfig()
-    """How the student is evaluated: t_init, guidance, or a range of guidance scales as an input."""
+    """How the student is evaluated: once or a few times, with one guidance or a range of scales as an input."""
     trained: Literal["head", "all"] = "all"
     """Train everything, or only the head, on the teacher's frozen backbone: contexts are then computed once for all
     three heads, but the head cannot see what guidance depends on (docs/method.md)."""
@@ -473,7 +493,8 @@ def numbers(text: str, kind: type, name: str) -> list[Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
-    """How a model is measured. Several values of guidance, ar_steps or head_steps: every combination is measured."""
+    """How a model is measured. Several values of guidance, ar_steps, head_steps or evaluations: every combination is
+    measured."""
 
     reference: str = ""
     """What the images are compared with: `digits`, a split of data to train on (`DATA:train`, `DATA:test`), a folder of
@@ -498,6 +519,8 @@ class EvaluateConfig:
     """Numbers of AR steps K, comma-separated."""
     head_steps: str = ""
     """Numbers of denoising steps of a teacher's inner chain, comma-separated."""
+    evaluations: str = ""
+    """Numbers of evaluations of a student's head per token, comma-separated."""
     guidance_schedule: Literal["constant", "linear"] | None = None
     """Constant w, or w growing linearly with the share of revealed tokens."""
     solver: Literal["ancestral", "ddim"] | None = None
@@ -535,6 +558,7 @@ class EvaluateConfig:
             "guidance": numbers(self.guidance, float, "guidance"),
             "ar_steps": numbers(self.ar_steps, int, "ar_steps"),
             "head_steps": numbers(self.head_steps, int, "head_steps"),
+            "evaluations": numbers(self.evaluations, int, "evaluations"),
         }
         names = ("guidance_schedule", "solver", "temperature", "order", "refresh_every")
         fixed = {name: getattr(self, name) for name in names}

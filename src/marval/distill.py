@@ -28,7 +28,7 @@ from marval.matching import (
 from marval.models.autoencoders import autoencoder_digest
 from marval.pipeline import Pipeline
 from marval.run import Run, Update, add_weighted, autocast, caller, prepare, warmup_then_cosine
-from marval.sampling import gather_tokens, last, one_evaluation, unmask
+from marval.sampling import few_evaluations, gather_tokens, last, unmask
 from marval.tokenizers import LatentTokenizer
 from marval.train import draw_masks, save_sample_grid
 
@@ -170,7 +170,7 @@ def distill(config: DistillConfig, teacher_folder: Path, out: Path, resume: bool
             with torch.no_grad(), autocast(config, world.device):
                 if rolls:
                     upto = counts[: counts.index(num_masked) + 1]
-                    draw = one_evaluation(student.head, model.schedule, config.student.t_init, clamp=clamp)
+                    draw = few_evaluations(student.head, model.schedule, (config.student.t_init,), clamp=clamp)
                     steps = unmask(student, draw, labels[rows], orders[rows], upto, z[rows], guidance=w[rows])
                     tokens = last(steps)
             contexts.append(call("context", given, tokens, visible[rows], masked[rows], labels[rows], w[rows]))
@@ -195,20 +195,20 @@ def distill(config: DistillConfig, teacher_folder: Path, out: Path, resume: bool
         lr_factor = warmup_then_cosine(step, config.steps, config.warmup, config.decay)
         auxiliary_norm, auxiliary_watched = torch.zeros(()), {}
         for _ in range(config.gsim.auxiliary_updates):
-            z, t, eps = draw_noise(*noise_shape, config.gsim.auxiliary_t_range, g)
+            noise = draw_noise(*noise_shape, config.gsim.auxiliary_t_range, g, config.student.evaluations)
             auxiliary_watched = {}
             for context, (rows, _, weight) in zip(contexts, parts, strict=True):
                 _, values = auxiliary_update.backward(
-                    matching.auxiliary_loss, context, z[rows], t[rows], eps[rows], weight=weight,
+                    matching.auxiliary_loss, context, noise.of(rows), weight=weight,
                     last=context is contexts[-1],
                 )  # fmt: skip
                 add_weighted(auxiliary_watched, weight, values)
             auxiliary_norm = auxiliary_update.step(step, lr_factor)
         watched |= auxiliary_watched
-        z, t, eps = draw_noise(*noise_shape, config.gsim.t_range, g)
+        noise = draw_noise(*noise_shape, config.gsim.t_range, g, config.student.evaluations)
         for context, (rows, _, weight) in zip(contexts, parts, strict=True):
             _, values = student_update.backward(
-                matching.student_loss, context, z[rows], t[rows], eps[rows], weight=weight,
+                matching.student_loss, context, noise.of(rows), weight=weight,
                 last=context is contexts[-1],
             )  # fmt: skip
             add_weighted(watched, weight, values)

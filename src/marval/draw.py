@@ -114,7 +114,7 @@ def write_npz(path: Path, **arrays: np.ndarray) -> None:
 
 
 def head_evaluations_per_token(model: Pipeline) -> int:
-    """Rows that the head computes for each token: steps, twice under guidance; 1 for a student."""
+    """Rows that the head computes for each token: steps, twice under guidance; the evaluations of a student."""
     if model.student is not None:
-        return 1
+        return model.sampling.evaluations
     return model.sampling.head_steps * (2 if model.sampling.guidance != 1 else 1)

@@ -37,14 +37,23 @@ from marval.ema import EMA
 from marval.features import BATCH
 from marval.floor import H200, matmul_rate
 from marval.importing import KL16
-from marval.matching import Context, ScoreMatching, copy_auxiliary, copy_network, own_part, with_head, with_part
+from marval.matching import (
+    Context,
+    Noise,
+    ScoreMatching,
+    copy_auxiliary,
+    copy_network,
+    own_part,
+    with_head,
+    with_part,
+)
 from marval.models.autoencoders import KL, TAESD
 from marval.models.lora import adapt
 from marval.models.mar import MAR
 from marval.reward_costs import scorers
 from marval.reward_files import listed
 from marval.run import Update, autocast, prepare
-from marval.sampling import diffusion_chain, last, one_evaluation, unmask
+from marval.sampling import diffusion_chain, few_evaluations, last, unmask
 from marval.train import teacher_loss
 
 Verb = Literal["train", "distill", "rl", "evaluate"]
@@ -173,7 +182,7 @@ def _distill(config: DistillConfig, model: MARConfig, share: _Share, decoder: De
     }
     images = share.parts * share.part
     if config.rollout > 0:
-        draw = one_evaluation(matching.student.head, matching.schedule, config.student.t_init)
+        draw = few_evaluations(matching.student.head, matching.schedule, (config.student.t_init,))
         rolled = _ar_loop(matching.student, config, config.ar_steps, draw, share.part)
         per_update = config.rollout / config.context_updates / 2  # on average up to half the steps
         cost.operations += per_update * rolled.operations * share.parts
@@ -209,7 +218,7 @@ def _rl(
     network, update = matching.student, updates[0]
     decode = decoder[1]
     reward, held_out = scorers([config.reward]), scorers(listed(config.held_out))
-    draw = one_evaluation(network.head, schedule, student.t_init)
+    draw = few_evaluations(network.head, schedule, (student.t_init,))
 
     counts = masking.masked_counts(length, config.ar_steps)
 
@@ -387,25 +396,26 @@ def _matching_work(
         contexts = _contexts(matching, config, model, share, num_masked)
         kinds = 2 + (contexts[0].student is not contexts[0].teacher)  # of conditions
         others = _zeros(kept - share.parts, *contexts[0].teacher.shape, kinds)  # contexts of the parts not tried
-        z, eps = _zeros(2, share.total, num_masked, model.token_dim)
+        evaluations = matching.student_config.evaluations
+        z = _zeros(share.total, num_masked, evaluations, model.token_dim)
         t = _zeros(share.total, num_masked, dtype=torch.long)
-        noise = (z[:count], t[:count], eps[:count])
+        noise = Noise(z, t, t, z[:, :, 0]).of(slice(count))
         for _ in range(config.gsim.auxiliary_updates):
-            _update(updates[1], share, matching.auxiliary_loss, contexts[0], *noise)
+            _update(updates[1], share, matching.auxiliary_loss, contexts[0], noise)
         for _ in range(_passes(config)):
-            _update(updates[0], share, matching.student_loss, contexts[0], *noise)
+            _update(updates[0], share, matching.student_loss, contexts[0], noise)
         del others
 
     return work
 
 
 def _drawing(network: MAR, config: Any, sampling: SamplingConfig, student: StudentConfig | None, count: int) -> Cost:
-    """Tokens of so many images from a teacher's whole inner chain, or from a student's one step."""
+    """Tokens of so many images from a teacher's whole inner chain, or from a student's few steps."""
+    noise: Any = SimpleNamespace(device="meta", randn=lambda *shape: _zeros(count, *shape))
     if student is None:
-        noise: Any = SimpleNamespace(device="meta")  # the ddim solver draws none
         draw = diffusion_chain(network.head, respace(cosine_schedule(), sampling.head_steps), noise, "ddim")
     else:
-        draw = one_evaluation(network.head, cosine_schedule(), student.t_init)
+        draw = few_evaluations(network.head, cosine_schedule(), student.timesteps(sampling.evaluations), noise)
     needs_null = student is None and sampling.guidance != 1
     return _ar_loop(network, config, sampling.ar_steps, draw, count, needs_null)
 

@@ -132,8 +132,9 @@ def evaluate(
     """
     world, settings, rewards = world or World(0, 1, model.device), dict(settings or {}), dict(rewards or {})
     sampling = to_dict(model.settings(**settings))
+    evaluations = sampling.pop("evaluations")
     if model.student is not None:
-        sampling["head_steps"] = 1
+        sampling["head_steps"] = evaluations
     check_features(model, reference, network)
     bf16 = is_bf16(config.precision, model.device)
     protocol: dict[str, Any] = {
@@ -346,7 +347,7 @@ def evaluate_folder(
             other classes with ``before``, or an ``out`` that exists or cannot be written.
     """
     if before is not None and len(config.settings()) > 1:
-        raise ValueError("--before compares two models at one setting: give one --guidance, --ar-steps, --head-steps")
+        raise ValueError("--before compares two models at one setting: give one value of each")
     world = connect(config.device, config.shard)
     rows, partial = config.settings(), out.with_name(f"{out.name}.partial")
     picture = out.with_suffix(".png") if len(rows) > 1 else None

@@ -26,18 +26,22 @@ from marval.diffusion import Schedule
 Distance = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
-def one_step(network: Callable[[Tensor], Tensor], z: Tensor, schedule: Schedule, t_init: int) -> Tensor:
-    """The student's token: x0 = (sigma/alpha) (z - eps_hat(sigma z, t_init)), one evaluation of the head.
+def one_step(
+    network: Callable[[Tensor], Tensor], z: Tensor, schedule: Schedule, t: Tensor | int, x0: Tensor | float = 0.0
+) -> Tensor:
+    """The student's token: x0 = (sigma/alpha) (z - eps_hat(sigma z, t)), one evaluation of the head.
 
-    This is the x0 estimate of a noise predictor whose input is pure noise at the level of ``t_init``, where
-    sigma/alpha is moderate (2.5 at t = 755); near t = 999 it would multiply any error by 2e4.
+    This is the x0 estimate of a noise predictor whose input is pure noise at the level of t, where sigma/alpha is
+    moderate (2.5 at t = 755); near t = 999 it would multiply any error by 2e4. A student of several evaluations starts
+    the next from the token that it has, noised anew to a lower t: x0 + (sigma/alpha) (z - eps_hat(alpha x0 + sigma z)).
 
     Args:
-        network: ``x (..., D) -> eps_hat (..., D)`` at the fixed timestep ``t_init`` and the token's condition.
+        network: ``x (..., D) -> eps_hat (..., D)`` at the timestep t (one, or (...)) and the token's condition.
         z: standard normal (..., D).
+        x0: (..., D) of the evaluation before.
     """
-    alpha, sigma = float(schedule.alpha[t_init]), float(schedule.sigma[t_init])
-    return (sigma / alpha) * (z - network(sigma * z))
+    alpha, sigma = schedule.at("alpha", t, z), schedule.at("sigma", t, z)
+    return x0 + (sigma / alpha) * (z - network(alpha * x0 + sigma * z))
 
 
 def pseudo_huber(y: Tensor, r: float = 1e-5) -> tuple[Tensor, Tensor]:

@@ -116,6 +116,23 @@ class Context(NamedTuple):
         return gather_tokens(network.condition(self.tokens, self.visible, self.labels), self.masked)
 
 
+class Noise(NamedTuple):
+    """Random numbers of an update, for B images with N masked tokens each."""
+
+    z: Tensor
+    """(B, N, S, D) for each of the student's S evaluations."""
+    level: Tensor
+    """(B, N) the evaluation, in [0, S), whose token the losses see; those before it carry no gradient."""
+    t: Tensor
+    """(B, N) timesteps."""
+    eps: Tensor
+    """(B, N, D) the noise of x_t."""
+
+    def of(self, rows: slice) -> "Noise":
+        """Of some images alone."""
+        return Noise(*(x[rows] for x in self))
+
+
 class ScoreMatching:
     """Losses of student and auxiliary against a frozen teacher (`marval.gsim`), averaged over the masked tokens."""
 
@@ -149,10 +166,28 @@ class ScoreMatching:
         low, high = self.student_config.guidance_range or (self.student_config.guidance,) * 2
         return low + (high - low) * torch.rand(count, 1, generator=generator, device=generator.device)
 
-    def generate(self, context: Context, z: Tensor, condition: Tensor) -> Tensor:
-        """g(z, c): the student's tokens (B, N, D) at its conditions."""
-        t_init = self.student_config.t_init
-        return student_tokens(self.student.head, self.schedule, t_init, condition, z, context.w)
+    def generate(self, context: Context, noise: Noise, condition: Tensor) -> Tensor:
+        """g(z, c): the student's tokens (B, N, D) at its conditions, each of its own evaluation (``noise.level``)."""
+        times = self.student_config.timesteps(self.student_config.evaluations)
+        if len(times) == 1:
+            z = noise.z[:, :, 0]
+            return student_tokens(self.student.head, self.schedule, times[0], condition, z, context.w)
+
+        def evaluate(x0: Tensor, z: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+            def network(x: Tensor) -> Tensor:
+                return self.student.head(x, t, condition, context.w).chunk(2, dim=-1)[0]
+
+            return gsim.one_step(network, z, self.schedule, t, x0)
+
+        level = noise.level[..., None]
+        with torch.no_grad():
+            x0 = start = torch.zeros_like(noise.eps)
+            for i, t in enumerate(times[:-1]):
+                x0 = evaluate(x0, noise.z[:, :, i], torch.full_like(noise.t, t), condition.detach())
+                start = torch.where(level == i + 1, x0, start)
+        z = noise.z.gather(2, level[..., None].expand(-1, -1, 1, start.shape[-1]))[:, :, 0]
+        t = (self.student_config.t_init * (len(times) - noise.level)) // len(times)
+        return evaluate(start, z, t, condition)
 
     def eps_teacher(self, context: Context, x_t: Tensor, t: Tensor) -> Tensor:
         """Guided noise prediction of the teacher, (B, N, D)."""
@@ -169,26 +204,26 @@ class ScoreMatching:
         """Noise prediction of the auxiliary, unguided, (B, N, D)."""
         return self.auxiliary_head(x_t, t, condition, context.w).chunk(2, dim=-1)[0]
 
-    def auxiliary_loss(self, context: Context, z: Tensor, t: Tensor, eps: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def auxiliary_loss(self, context: Context, noise: Noise) -> tuple[Tensor, dict[str, Tensor]]:
         """Denoising score matching on detached student samples: a scalar, and what to watch."""
         with torch.no_grad():
-            x_t = q_sample(self.schedule, self.generate(context, z, context.student), t, eps)
-        predicted = self.eps_auxiliary(context, x_t, t, self.auxiliary_condition(context))
-        loss = gsim.auxiliary_loss(predicted, eps).mean()
+            x_t = q_sample(self.schedule, self.generate(context, noise, context.student), noise.t, noise.eps)
+        predicted = self.eps_auxiliary(context, x_t, noise.t, self.auxiliary_condition(context))
+        loss = gsim.auxiliary_loss(predicted, noise.eps).mean()
         return loss, {"auxiliary_loss": loss.detach()}
 
-    def student_loss(self, context: Context, z: Tensor, t: Tensor, eps: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def student_loss(self, context: Context, noise: Noise) -> tuple[Tensor, dict[str, Tensor]]:
         """GSIM: the gradient flows through x_t into both head evaluations. A scalar, and what to watch."""
         with torch.no_grad():
             auxiliary_condition = self.auxiliary_condition(context)
         condition = context.student
         if self.backbone_moves:  # the same numbers, with their gradient
             condition = context.condition(self.student)
-        x0 = self.generate(context, z, condition)
-        x_t = q_sample(self.schedule, x0, t, eps)
-        eps_teacher = self.eps_teacher(context, x_t, t)
-        eps_auxiliary = self.eps_auxiliary(context, x_t, t, auxiliary_condition)
-        loss = gsim.student_loss(eps_teacher, eps_auxiliary, eps, self.config.lam, self.distance).mean()
+        x0 = self.generate(context, noise, condition)
+        x_t = q_sample(self.schedule, x0, noise.t, noise.eps)
+        eps_teacher = self.eps_teacher(context, x_t, noise.t)
+        eps_auxiliary = self.eps_auxiliary(context, x_t, noise.t, auxiliary_condition)
+        loss = gsim.student_loss(eps_teacher, eps_auxiliary, noise.eps, self.config.lam, self.distance).mean()
         y = (eps_teacher - eps_auxiliary).detach().norm(dim=-1).mean()
         drawn = {"token_mean": x0.detach().mean(), "token_std": x0.detach().std()}
         return loss, {"student_loss": loss.detach(), "y": y, **drawn}
@@ -236,9 +271,13 @@ def load_scores(folder: Path, student: MAR, guidance_input: bool) -> tuple[MAR, 
 
 
 def draw_noise(
-    batch: int, num_masked: int, dim: int, t_range: tuple[int, int], generator: torch.Generator
-) -> tuple[Tensor, Tensor, Tensor]:
-    """z (B, N, D), t (B, N) and eps (B, N, D) of a whole batch."""
-    z = torch.randn(batch, num_masked, dim, generator=generator, device=generator.device)
-    eps = torch.randn(batch, num_masked, dim, generator=generator, device=generator.device)
-    return z, gsim.draw_timesteps((batch, num_masked), t_range, generator), eps
+    batch: int, num_masked: int, dim: int, t_range: tuple[int, int], generator: torch.Generator, evaluations: int = 1
+) -> Noise:  # fmt: skip
+    """The numbers of a whole batch."""
+    on = {"generator": generator, "device": generator.device}
+    z = torch.randn(batch, num_masked, evaluations, dim, **on)
+    eps = torch.randn(batch, num_masked, dim, **on)
+    t = gsim.draw_timesteps((batch, num_masked), t_range, generator)
+    if evaluations == 1:
+        return Noise(z, torch.zeros_like(t), t, eps)
+    return Noise(z, torch.randint(evaluations, (batch, num_masked), **on), t, eps)

@@ -95,8 +95,8 @@ class Pipeline:
         (``refresh_every``).
 
         Args:
-            graphs: on CUDA, record backbone and head of each AR step as CUDA graphs: at small batches the launches take
-                longer than the work. Weights may change in place, but not be replaced.
+            graphs: on CUDA, record backbone and head of each AR step, and the decoding, as CUDA graphs: at small
+                batches the launches take longer than the work. Weights may change in place, but not be replaced.
             compile: compile the blocks of transformer and head (torch.compile; needs a C++ compiler). On the CPU this
                 takes the place of oneDNN.
 
@@ -216,6 +216,10 @@ class Pipeline:
         config = dataclasses.replace(self.sampling, **given)
         masking.masked_counts(self.network.config.num_tokens, config.ar_steps)
         respace(self.schedule, config.head_steps)
+        if self.student is not None:
+            self.student.timesteps(config.evaluations)
+        elif config.evaluations > 1:
+            raise ValueError(f"evaluations {config.evaluations} is for students: a teacher takes head_steps")
         if config.refresh_every > 1 and self.call is not plainly:
             raise ValueError(f"refresh_every {config.refresh_every} does not work with CUDA graphs: use one of them")
         if self.student is not None:
@@ -243,8 +247,9 @@ class Pipeline:
     def sample(
         self, classes: Sequence[int | str | None] | int | str | None = None, *, num_images: int | None = None,
         seed: int = 0, first_image: int = 0, ar_steps: int | None = None, head_steps: int | None = None,
-        solver: Literal["ancestral", "ddim"] | None = None, guidance: float | None = None,
-        guidance_schedule: Literal["constant", "linear"] | None = None, temperature: float | None = None,
+        solver: Literal["ancestral", "ddim"] | None = None, evaluations: int | None = None,
+        guidance: float | None = None, guidance_schedule: Literal["constant", "linear"] | None = None,
+        temperature: float | None = None,
         order: str | Sequence[int] | Tensor | None = None, refresh_every: int | None = None, batch_size: int = 64,
         images: np.ndarray | None = None, keep: np.ndarray | Tensor | None = None,
     ) -> np.ndarray:  # fmt: skip
@@ -258,6 +263,7 @@ class Pipeline:
                 seeds, not the classes.
             ar_steps: K, from 1 to the number of tokens.
             head_steps, solver: the teacher's inner chain: 1..1000 steps, ``ancestral`` or ``ddim``.
+            evaluations: of a student's head per token; 1, or a number that divides those that it was distilled for.
             guidance: scale w >= 0, 1 is none. guidance_schedule: ``constant`` or ``linear``.
             temperature: scale of the noise, >= 0.
             order: ``random``, ``raster``, ``centre-out``, ``halton``, or a permutation (L,), or one per image
@@ -276,11 +282,15 @@ class Pipeline:
         self.require_images()
         batches = self._token_batches(
             classes, num_images, seed, first_image, batch_size, order, images, keep,
-            ar_steps=ar_steps, head_steps=head_steps, solver=solver, guidance=guidance,
+            ar_steps=ar_steps, head_steps=head_steps, solver=solver, evaluations=evaluations, guidance=guidance,
             guidance_schedule=guidance_schedule, temperature=temperature, refresh_every=refresh_every,
         )  # fmt: skip
-        parts = [(rows, to_uint8(self.tokenizer.decode(tokens)).cpu().numpy()) for rows, tokens in batches]
+        parts = [(rows, self.to_images(tokens).cpu().numpy()) for rows, tokens in batches]
         return _in_order(parts)
+
+    def to_images(self, tokens: Tensor) -> Tensor:
+        """Tokens (B, L, D) -> uint8 NHWC images, on their device."""
+        return self.call("images", lambda tokens: to_uint8(self.tokenizer.decode(tokens)), tokens)
 
     @torch.no_grad()
     def sample_tokens(
@@ -404,13 +414,15 @@ class Pipeline:
         return fixed.to(self.device).expand(count, -1)
 
     def draw(self, config: SamplingConfig, noise: ImageNoise | None = None) -> sampling.DrawTokens:
-        """How this model draws a token: the inner chain of a teacher (needs ``noise``), one evaluation of a student."""
+        """How this model draws a token: the inner chain of a teacher (needs ``noise``), one evaluation of a student, or
+        a few (which need it too)."""
         head, clamp = self.network.head, self.tokenizer.token_range
         if self.student is None:
             assert noise is not None
             schedule = respace(self.schedule, config.head_steps)
             return sampling.diffusion_chain(head, schedule, noise, config.solver, config.temperature, clamp, self.call)
-        return sampling.one_evaluation(head, self.schedule, self.student.t_init, config.temperature, clamp, self.call)
+        times = self.student.timesteps(config.evaluations)
+        return sampling.few_evaluations(head, self.schedule, times, noise, config.temperature, clamp, self.call)
 
 
 def _in_order(parts: list[tuple[list[int], np.ndarray]]) -> np.ndarray:

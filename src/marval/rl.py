@@ -86,6 +86,7 @@ def align(config: RLConfig, student_folder: Path, out: Path, resume: bool, best:
     if config.anchor > 0 and not (file := student_folder / "scores.safetensors").exists():
         made = "start from a folder of `marval distill`, or of `marval rl` with an anchor"
         raise ValueError(f"{file} does not exist, which --anchor {config.anchor:g} needs: {made}, or give --anchor 0")
+    base.student = dataclasses.replace(base.student, evaluations=1)  # the policy; what comes out of RL has one, too
     base.network.requires_grad_(False)
     guidance_range = base.student.guidance_range
     student = copy_network(base.network, "head" if config.trained == "head" else "all", guidance_range is not None)
@@ -254,10 +255,10 @@ def align(config: RLConfig, student_folder: Path, out: Path, resume: bool, best:
                     tokens = rollout.tokens
                     contexts.append(matching.context(tokens, visible[rows], masked[rows], labels[rows], w[rows]))
             for _ in range(config.gsim.auxiliary_updates):
-                z, t, eps = draw_noise(*noise_shape, config.gsim.auxiliary_t_range, g)
+                noise = draw_noise(*noise_shape, config.gsim.auxiliary_t_range, g)
                 for context, (rows, _, weight) in zip(contexts, parts, strict=True):
                     auxiliary_update.backward(
-                        matching.auxiliary_loss, context, z[rows], t[rows], eps[rows], weight=weight,
+                        matching.auxiliary_loss, context, noise.of(rows), weight=weight,
                         last=context is contexts[-1],
                     )  # fmt: skip
                 auxiliary_update.step(step)
@@ -270,10 +271,10 @@ def align(config: RLConfig, student_folder: Path, out: Path, resume: bool, best:
                 values = algorithm.backward(rollout, update, weight, last=matching is None and rollout is rollouts[-1])
                 add_weighted(update_watched, weight, values)
             if matching is not None:
-                z, t, eps = draw_noise(*noise_shape, config.gsim.t_range, g)
+                noise = draw_noise(*noise_shape, config.gsim.t_range, g)
                 for context, (rows, _, weight) in zip(contexts, parts, strict=True):
                     _, values = update.backward(
-                        matching.student_loss, context, z[rows], t[rows], eps[rows], weight=anchor * weight,
+                        matching.student_loss, context, noise.of(rows), weight=anchor * weight,
                         last=context is contexts[-1],
                     )  # fmt: skip
                     add_weighted(update_watched, weight, {"y": values["y"]})

@@ -1,6 +1,6 @@
 """The outer autoregressive loop: reveal the tokens of an image in any order, in K steps.
 
-One loop, `unmask`, serves the teacher (`diffusion_chain`) and the student (`one_evaluation`), generation and
+One loop, `unmask`, serves the teacher (`diffusion_chain`) and the student (`few_evaluations`), generation and
 inpainting, sampling and differentiable rollouts. How a token is drawn is a callable:
 
     draw(condition (B, N, E), null condition (B, N, E) or None, z (B, N, D), w) -> tokens (B, N, D)
@@ -68,30 +68,46 @@ def diffusion_chain(
     return draw
 
 
-def one_evaluation(
-    head: DiffusionHead, schedule: Schedule, t_init: int, temperature: float = 1.0, clamp: Clamp = None,
-    call: Call = plainly,
+def few_evaluations(
+    head: DiffusionHead, schedule: Schedule, timesteps: tuple[int, ...], noise: ImageNoise | None = None,
+    temperature: float = 1.0, clamp: Clamp = None, call: Call = plainly,
 ) -> DrawTokens:  # fmt: skip
-    """The student's draw: one evaluation of the head (`gsim.one_step`). Guidance is baked in, or an input.
+    """The student's draw: an evaluation of the head at each timestep, mostly one alone (`gsim.one_step`). Guidance is
+    baked in, or an input.
 
-    In inference mode timestep and guidance are embedded once per scale: after an update of the head make a new one.
+    In inference mode timesteps and guidance are embedded once per scale: after an update of the head make a new one.
+
+    Args:
+        timesteps: of `StudentConfig.timesteps`.
+        noise: for all evaluations but the first.
     """
-    t = torch.full((), t_init, device=head.input_proj.weight.device)
+    times = torch.tensor(timesteps, device=head.input_proj.weight.device)
     embedded: dict[float, Tensor] = {}
 
+    def embed(times: Tensor, w: Tensor) -> Tensor:
+        return torch.stack([head.embed_scalars(t, w) for t in times])
+
     def draw(condition: Tensor, null: Tensor | None, z: Tensor, w: float | Tensor) -> Tensor:
-        def evaluate(c: Tensor, z: Tensor, scalars: Tensor) -> Tensor:
-            y = scalars + head.embed_condition(c)
-            x = gsim.one_step(lambda x: head.denoise(x, y).chunk(2, -1)[0], temperature * z, schedule, t_init)
-            return x if clamp is None else x.clamp(*clamp)
+        def evaluate(c: Tensor, scalars: Tensor, *noises: Tensor) -> Tensor:
+            embedded, x0 = head.embed_condition(c), 0.0
+            for t, scalar, z in zip(timesteps, scalars, noises, strict=True):
+                y = scalar + embedded
+                x0 = gsim.one_step(lambda x, y=y: head.denoise(x, y).chunk(2, -1)[0], temperature * z, schedule, t, x0)
+                x0 = x0 if clamp is None else x0.clamp(*clamp)
+            assert isinstance(x0, Tensor)
+            return x0
 
         scale = None if isinstance(w, Tensor) or not torch.is_inference_mode_enabled() else float(w)
         scalars = None if scale is None else embedded.get(scale)
         if scalars is None:
-            scalars = call(("scalars",), head.embed_scalars, t, as_tensor(w, z))
+            scalars = call(("scalars",), embed, times, as_tensor(w, z))
             if scale is not None:
                 embedded[scale] = scalars
-        return call(("student", temperature), evaluate, condition, z, scalars)
+        noises = [z]
+        if len(timesteps) > 1:
+            assert noise is not None
+            noises += noise.randn(len(timesteps) - 1, *z.shape[1:]).unbind(1)
+        return call(("student", timesteps, temperature), evaluate, condition, scalars, *noises)
 
     return draw
 
@@ -105,7 +121,7 @@ def student_tokens(
     head: DiffusionHead, schedule: Schedule, t_init: int, condition: Tensor, z: Tensor, w: Tensor
 ) -> Tensor:
     """g(z, c): one-step tokens (..., D) at conditions (..., E), unclamped. ``w`` is read by a guidance-input head."""
-    return one_evaluation(head, schedule, t_init)(condition, None, z, w)
+    return few_evaluations(head, schedule, (t_init,))(condition, None, z, w)
 
 
 def unmask(
