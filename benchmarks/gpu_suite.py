@@ -297,13 +297,15 @@ def parity(suite: Suite, code: Any) -> dict[str, Any]:
     return {"errors": errors, "largest_error": max(errors.values()), "tolerance": side.tolerance(suite.device)}
 
 
-def reference(suite: Suite, code: Any, batch: int, ar_steps: int, steps: tuple[int, ...]) -> dict[str, Any]:
+def reference(
+    suite: Suite, code: Any, size: str, batch: int, ar_steps: int, steps: tuple[int, ...]
+) -> dict[str, Any]:  # fmt: skip
     """The reference teacher under autocast to bf16, as its own code samples, with so many denoising steps, in turn.
 
     Without a whole chain among them, the time of one is extrapolated from the first two, linearly; with both, what
     that would have been says how good it is elsewhere.
     """
-    size, whole = next(iter(suite.scale.sizes)), suite.scale.head_steps
+    whole = suite.scale.head_steps
     labels = torch.arange(batch, device=suite.device) % suite.scale.sizes[size].num_classes
     dtype = "bf16" if suite.device.type == "cuda" else "float32"
     fewest = min(suite.scale.cut)
@@ -559,16 +561,16 @@ def stages(suite: Suite, checkout: Path | None) -> list[tuple[str, Callable[[], 
     if checkout is not None:
         code = side.load_code(checkout)
 
-        def theirs(batch: int, k: int, steps: tuple[int, ...], seconds: float) -> None:
+        def theirs(size: str, batch: int, k: int, steps: tuple[int, ...], seconds: float) -> None:
             def work() -> dict[str, Any]:
-                return reference(suite, code, batch, k, steps)
+                return reference(suite, code, size, batch, k, steps)
 
-            found.append((f"{first} reference teacher batch {batch} K {k}", work, seconds))
+            found.append((f"{size} reference teacher batch {batch} K {k}", work, seconds))
 
         found.append(("same tokens as the reference, float32", lambda: parity(suite, code), 40))
-        theirs(1, short, (*scale.cut, scale.head_steps), 45)
-        theirs(scale.large, scale.few, (scale.head_steps,), 45)
-        theirs(1, long, scale.cut, 80)
+        theirs(first, 1, short, (*scale.cut, scale.head_steps), 45)
+        theirs(first, scale.large, scale.few, (scale.head_steps,), 45)
+        theirs(first, 1, long, scale.cut, 80)
     draws(first, "student", "bf16", scale.large, scale.few, 20, 3)
     draws(first, "teacher", best, 1, short, 40, 3)
     draws(first, "teacher", "bf16", scale.large, scale.few, 40, 1)
@@ -591,6 +593,11 @@ def stages(suite: Suite, checkout: Path | None) -> list[tuple[str, Callable[[], 
         draws(size, "student", "bf16", scale.large, scale.few, 40, 1)
     for size in list(scale.sizes)[1:]:
         draws(size, "student", best, 1, long, 60, 3)
+    draws(first, "teacher", best, 1, long, 60, 2)
+    for size in list(scale.sizes)[1:]:
+        draws(size, "teacher", best, 1, short, 40, 2)
+        if checkout is not None:
+            theirs(size, 1, short, scale.cut, 50)
     return found
 
 

@@ -63,19 +63,23 @@ class Row:
     model: str
     ar_steps: int = 0
     head_steps: int = 1
+    """Of a teacher's chain; of a student, evaluations."""
     solver: str = "ancestral"
 
     @property
     def name(self) -> str:
-        """As ``--rows`` takes it: real-test, teacher-k16-100-ddpm, student-k16."""
-        chain = f"-{self.head_steps}-{SOLVERS[self.solver]}" if self.model == "teacher" else ""
+        """As ``--rows`` takes it: real-test, teacher-k16-100-ddpm, student-k16, student-k16-4."""
+        several = f"-{self.head_steps}" if self.head_steps > 1 else ""
+        chain = f"-{self.head_steps}-{SOLVERS[self.solver]}" if self.model == "teacher" else several
         return self.model + (f"-k{self.ar_steps}{chain}" if self.ar_steps else "")
 
 
 def all_rows(
-    default: int, others: Sequence[int], aligned: bool, steps: Sequence[int] = STEPS, fewer: Sequence[int] = FEWER_STEPS
-) -> list[Row]:
-    """Real data; at K = ``default`` every number of steps with both solvers; at other K fewer."""
+    default: int, others: Sequence[int], aligned: bool, steps: Sequence[int] = STEPS,
+    fewer: Sequence[int] = FEWER_STEPS, evaluations: Sequence[int] = (),
+) -> list[Row]:  # fmt: skip
+    """Real data; at K = ``default`` every number of steps with both solvers, and the student with several evaluations;
+    at other K fewer."""
     found = [Row(model="real-test"), Row(model="real-half")]
     for k in (default, *others):
         own = k == default
@@ -83,6 +87,7 @@ def all_rows(
             solvers = SOLVERS if own and n > 1 else ("ancestral",)  # a single step is the same in both
             found += [Row(model="teacher", ar_steps=k, head_steps=n, solver=solver) for solver in solvers]
         found += [Row(model="untrained", ar_steps=k)] if own else []
+        found += [Row(model="student", ar_steps=k, head_steps=n) for n in evaluations if own]
         found += [Row(model=model, ar_steps=k) for model in ("student", "aligned") if aligned or model == "student"]
     return found
 
@@ -178,9 +183,11 @@ class Study:
         self.common = {"guidance": sampling.guidance, "guidance_schedule": sampling.guidance_schedule}
         tokens, has_aligned = student.network.config.num_tokens, "aligned" in self.models
         others = sorted({*(k for k in AR_STEPS if k < tokens), tokens} - {sampling.ar_steps})
-        self.rows = all_rows(sampling.ar_steps, others, has_aligned)
+        most = student.student.evaluations
+        several = [n for n in range(most, 1, -1) if most % n == 0]
+        self.rows = all_rows(sampling.ar_steps, others, has_aligned, evaluations=several)
         if quick:
-            self.rows = all_rows(sampling.ar_steps, others[:1], has_aligned, (4, 1), (4,))
+            self.rows = all_rows(sampling.ar_steps, others[:1], has_aligned, (4, 1), (4,), several)
         self.specs = classifier, judge, device
         given = {"data": data, "classifier": classifier, "judge": judge}
         self.flags = "".join(f" --{name} {value}" for name, value in given.items() if value)
@@ -224,6 +231,8 @@ class Study:
         if row.model == "untrained":
             return k
         chain = {"head_steps": row.head_steps, "solver": row.solver} if row.model == "teacher" else {}
+        if row.head_steps > 1 and row.model != "teacher":
+            chain = {"evaluations": row.head_steps}
         return k | self.common | chain
 
     # ---- quality

@@ -143,7 +143,7 @@ def label(row: Mapping[str, Any]) -> str:
     return {
         "real-test": "real: test split", "real-half": "real: half of the training split",
         "teacher": f"teacher, {'1 step' if row['head_steps'] == 1 else many}", "untrained": "1 step, untrained",
-        "student": "student, 1 step", "aligned": "aligned, 1 step",
+        "student": f"student, {row['head_steps']} step{'s' * (row['head_steps'] > 1)}", "aligned": "aligned, 1 step",
     }[row["model"]]  # fmt: skip
 
 
@@ -292,6 +292,8 @@ def plot(results: Mapping[str, Any], rows: Rows, count: str, path: Path) -> bool
         style = {"color": VIOLET, "marker": marker, "linestyle": ":", "markersize": 4}
         lines[f"teacher, {n} steps, each K"] = [f"teacher-k{k}-{n}-ddpm" for k in ks], style
     lines["student, each K"] = [f"student-k{k}" for k in ks], {"color": RED, "marker": "D"}
+    several = [name for name, found in rows.items() if found[0]["model"] == "student" and found[0]["head_steps"] > 1]
+    lines[f"student, 2 and more steps, K = {own}"] = several, {"color": RED, "marker": "s", "linestyle": ":"}
     lines["aligned, each K"] = [f"aligned-k{k}" for k in ks], {"color": GREEN, "marker": "P"}
 
     def points(title: str, key: str) -> list[tuple[float, float, float, str]]:
@@ -301,7 +303,7 @@ def plot(results: Mapping[str, Any], rows: Rows, count: str, path: Path) -> bool
             x, values = seconds(results, name, 1), values_of(rows.get(name, []), count, key)
             if x is not None and values:
                 row, deviation = rows[name][0], statistics.stdev(values) if len(values) > 1 else 0.0
-                text = str(row["head_steps"]) if row["model"] == "teacher" else f"K={row['ar_steps']}"
+                text = f"K={row['ar_steps']}" if title.endswith("each K") else str(row["head_steps"])
                 found.append((x, statistics.fmean(values), deviation, text))
         return sorted(found)
 

@@ -243,10 +243,11 @@ def gpu(results: Path) -> str:
     for name, result in read(results, "gpu_suite"):
         stages = result["stages"]
         drawn = [s for s in stages if "seconds_per_image" in s]
-        reference = {(s["batch"], s["ar_steps"]): s for s in drawn if s["model"].startswith("reference")}
+        cases = [(s["size"], s["batch"], s["ar_steps"]) for s in drawn]
+        reference = {case: s for case, s in zip(cases, drawn, strict=True) if s["model"].startswith("reference")}
         rows = []
-        for s in drawn:
-            other = reference.get((s["batch"], s["ar_steps"])) if s["size"] == "mar-b" else None
+        for case, s in zip(cases, drawn, strict=True):
+            other = reference.get(case)
             ratio = other["seconds_per_image"] / s["seconds_per_image"] if other else None
             rows.append(
                 [

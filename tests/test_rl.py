@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Literal
 
@@ -452,6 +453,23 @@ def test_a_student_of_a_range_of_guidance(trained: Literal["head", "all"], file:
     assert model.sample([1], guidance=2.0).shape == (1, 8, 8, 1)
     group = {"algorithm": "group", "reward": f"{file}:black_box", "precision": "bf16"}
     assert rl(dataclasses.replace(changed, **group), tmp_path / "student", tmp_path / "group").student == student
+
+
+def test_the_policy_is_the_first_evaluation(file: Path, tmp_path: Path):
+    """A student of several comes out with one."""
+    shutil.copytree(tiny.student(), tmp_path / "student")
+    config = json.loads((tmp_path / "student" / "config.json").read_text())
+    config["student"]["evaluations"] = 4
+    (tmp_path / "student" / "config.json").write_text(json.dumps(config))
+    several = Pipeline.load(tmp_path / "student")
+    assert not np.array_equal(several.sample(3, evaluations=4), several.sample(3))
+    short = dataclasses.replace(CONFIG, steps=2, anchor=1.0, reward=f"{file}:brightness")
+    found = [
+        rl(short, folder, tmp_path / f"run-{i}") for i, folder in enumerate((tmp_path / "student", tiny.student()))
+    ]
+    assert found[0].student is not None
+    assert found[0].student.evaluations == 1
+    np.testing.assert_array_equal(*(model.sample(3) for model in found))
 
 
 def test_what_is_refused(file: Path, tmp_path: Path):

@@ -32,6 +32,10 @@ from marval.sampling import few_evaluations, gather_tokens, last, unmask
 from marval.tokenizers import LatentTokenizer
 from marval.train import draw_masks, save_sample_grid
 
+DIVERGED = 3.0
+"""Standard deviation of the student's tokens over that of the data beyond which a run is stopped: adversaries that have
+lost each other do not come back (docs/LOG.md, 2026-11-26, fourteenth session)."""
+
 
 def make_student(teacher: Pipeline, config: DistillConfig) -> Pipeline:
     """The teacher as a one-step student before any training: the same weights, evaluated once."""
@@ -72,7 +76,11 @@ def check_data(data: ImageDataset | LatentDataset, teacher: Pipeline) -> None:
 
 
 def distill(config: DistillConfig, teacher_folder: Path, out: Path, resume: bool = False) -> Pipeline:
-    """Run `marval distill`: returns the averaged student, which is also saved in ``out``."""
+    """Run `marval distill`: returns the averaged student, which is also saved in ``out``.
+
+    Raises:
+        FloatingPointError: the student has diverged, or a loss or gradient is not finite; names the update.
+    """
     world = connect(config.device, config.shard)
     parts, call = world.parts(config.batch, config.accumulate), caller(config, world)
     teacher = Pipeline.load(teacher_folder, world.device)
@@ -223,6 +231,13 @@ def distill(config: DistillConfig, teacher_folder: Path, out: Path, resume: bool
                 lr=config.gsim.lr * lr_factor,
             )  # fmt: skip
             progress.show({name: row[name] for name in ("student_loss", "auxiliary_loss", "y")})
+            if row["token_std"] > DIVERGED * row["data_std"]:
+                raise FloatingPointError(
+                    f"step {done}: the student has diverged: its tokens have a standard deviation of "
+                    f"{row['token_std']:.3g}, the data's {row['data_std']:.3g}. Start again with lower --gsim.lr "
+                    f"{config.gsim.lr:g} and --gsim.auxiliary-lr {config.gsim.auxiliary_lr:g}, or more "
+                    f"--gsim.auxiliary-updates; {out} holds it as it was when it was last saved"
+                )
         if run.is_due(config.eval_every, done):
             current = averaged()
             if curve.look(current, done, run):

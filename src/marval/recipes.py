@@ -108,24 +108,23 @@ def fashion_mnist_evaluation() -> EvaluateConfig:
 
 
 def pictures_teacher(data: str, guidance: float, **changes: Any) -> TrainConfig:
-    """Teachers of small colour pictures, 64 tokens, on one GPU: 160 wide, 2+2 blocks, head 6x192; 2.6 M parameters.
+    """Teachers of small colour pictures, 64 tokens, on one GPU: 256 wide, 3+3 blocks, head 8x256; 7.9 M parameters.
 
-    The deeper the head and the shallower the backbone, the more one evaluation of the head saves against 100. With
-    --graphs an update of CIFAR-10 takes 27 ms on an H200: 30,000 would take 14 minutes (docs/LOG.md, 2026-11-26).
-    The guidance is the scale with the lowest FID to the training split of the models that a CPU trained.
+    The deeper the head and the shallower the backbone, the more one evaluation of the head saves against 100. Without
+    --graphs an update waits for its launches.
     """
     config = TrainConfig(
-        data=data, patch_size=4, flip=True, steps=30_000, batch=512, lr=1e-3, warmup=1_000, ema=0.9995,
-        head_batch_mul=4, mask_ratios="inference", save_every=1_000, sample_every=5_000, log_every=100,
-        model=MARConfig(width=160, depth=2, heads=5, buffer_size=8, head_width=192, head_depth=6),
+        data=data, patch_size=4, flip=True, batch=256, lr=1e-3, warmup=1_000, ema=0.9995,
+        head_batch_mul=2, mask_ratios="inference", save_every=1_000, sample_every=5_000, log_every=100,
+        model=MARConfig(width=256, depth=3, heads=8, buffer_size=8, head_width=256, head_depth=8),
         sampling=SamplingConfig(ar_steps=16, guidance=guidance, head_steps=100),
     )  # fmt: skip
     return dataclasses.replace(config, **changes)
 
 
 def pictures_teacher_on_cpu(config: TrainConfig, **changes: Any) -> TrainConfig:
-    """The same on a CPU core: 128 wide, 2.2 M parameters, few and small batches, bf16."""
-    small = dataclasses.replace(config.model, width=128, heads=4)
+    """The same on a CPU core: 128 wide, 2+2 blocks, head 6x192, 2.2 M parameters, few and small batches, bf16."""
+    small = dataclasses.replace(config.model, width=128, depth=2, heads=4, head_width=192, head_depth=6)
     run = {"steps": 8_000, "batch": 64, "lr": 2e-3, "warmup": 200, "ema": 0.999, "head_batch_mul": 2, "model": small}
     often = {"save_every": 250, "sample_every": 1_000, "log_every": 20, "precision": "bf16"}
     return dataclasses.replace(config, **{**run, **often, **changes})
@@ -136,14 +135,13 @@ def pictures_student(data: str, guidance: float, highest: float = 3.0) -> Distil
     of this range students follow their teachers less well (docs/LOG.md, 2026-11-26).
 
     The auxiliary is a whole network, which costs half as much work again: with a head alone Fashion-MNIST and emoji had
-    5 to 7 % more FID, also after as much time (docs/LOG.md, 2026-11-26). With --graphs an update of CIFAR-10 takes
-    26 ms on an H200, without 114: 10,000 would take 5 minutes.
+    5 to 7 % more FID, also after as much time (docs/LOG.md, 2026-11-26).
     """
     return DistillConfig(
-        data=data, flip=True, auxiliary="network", steps=10_000, batch=256, ar_steps=16, ema=0.999, warmup=100,
+        data=data, flip=True, auxiliary="network", steps=4_000, batch=128, ar_steps=16, ema=0.998, warmup=100,
         save_every=500, sample_every=2_500, log_every=50,
         student=StudentConfig(guidance=guidance, guidance_range=(1.0, highest)),
-        gsim=GSIMConfig(lr=2e-4, auxiliary_lr=4e-4),
+        gsim=GSIMConfig(lr=3e-4, auxiliary_lr=6e-4),
     )  # fmt: skip
 
 
@@ -151,7 +149,7 @@ def pictures_student_on_cpu(data: str, guidance: float, highest: float = 3.0) ->
     """The same on a CPU core."""
     return dataclasses.replace(
         pictures_student(data, guidance, highest), steps=4_500, batch=64, ema=0.995, warmup=20, save_every=100,
-        sample_every=500, log_every=20, precision="bf16", gsim=GSIMConfig(lr=3e-4, auxiliary_lr=6e-4),
+        sample_every=500, log_every=20, precision="bf16",
     )  # fmt: skip
 
 
@@ -172,11 +170,11 @@ def pictures_aligned_on_cpu() -> RLConfig:
 
 
 def cifar10_teacher() -> TrainConfig:
-    """CIFAR-10, 32x32 colour, as 64 tokens of 4x4 pixels, on one GPU: `pictures_teacher`; 307 epochs.
+    """CIFAR-10, 32x32 colour, as 64 tokens of 4x4 pixels, on one GPU: `pictures_teacher`; 92 epochs.
 
-    Run so far: 8,883 updates of 256, in 112 seconds (docs/results.md). The data: benchmarks/prepare_data.py.
+    The data: benchmarks/prepare_data.py.
     """
-    return pictures_teacher("data/cifar10.npz", guidance=3.0)
+    return pictures_teacher("data/cifar10.npz", guidance=3.0, steps=18_000)
 
 
 def latents_teacher_on_cpu(config: TrainConfig, data: str, **changes: Any) -> TrainConfig:
@@ -201,11 +199,9 @@ def cifar10_cpu_teacher() -> TrainConfig:
 
 
 def cifar10_student() -> DistillConfig:
-    """One-step student of the `cifar10` teacher, on one GPU: `pictures_student`.
-
-    Run so far: 3,915 updates of 128, in 68 seconds, for scales up to 3 (docs/results.md).
-    """
-    return pictures_student("data/cifar10.npz", guidance=3.0, highest=4.0)
+    """One-step student of the `cifar10` teacher, on one GPU: `pictures_student`."""
+    config = pictures_student("data/cifar10.npz", guidance=3.0, highest=4.0)
+    return dataclasses.replace(config, steps=5_000, student=dataclasses.replace(config.student, evaluations=4))
 
 
 def latents_student_on_cpu(data: str, guidance: float, highest: float = 3.0) -> DistillConfig:
@@ -245,15 +241,12 @@ def imagenette64_teacher() -> TrainConfig:
     many for a head that is 192 wide, and 256 tokens of 4x4 pixels cost four times as much; its reconstructions lose
     little (26 dB, docs/imagenet.md). The data: Imagenette's own folder (train/ and val/) as data/imagenette64, `marval
     import-taesd` into runs/taef2, `marval encode --images data/imagenette64 --tokenizer runs/taef2 --image-size 64
-    --batch 64 --out data/imagenette64-latents`. Wider and deeper than `pictures_teacher`, which costs a GPU little;
-    with dropout, as there are only 9,469 images.
+    --batch 64 --out data/imagenette64-latents`. With dropout, as there are only 9,469 images.
     """
     config = pictures_teacher(
-        "data/imagenette64-latents", guidance=2.5, tokenizer="runs/taef2", patch_size=1, steps=11_500, batch=256,
-        head_batch_mul=2,
-    )  # fmt: skip
-    larger = {"width": 256, "depth": 3, "heads": 8, "head_width": 256, "head_depth": 8, "dropout": 0.1}
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, **larger))
+        "data/imagenette64-latents", guidance=2.5, tokenizer="runs/taef2", patch_size=1, steps=11_500
+    )
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, dropout=0.1))
 
 
 def imagenette64_cpu_teacher() -> TrainConfig:
@@ -264,19 +257,15 @@ def imagenette64_cpu_teacher() -> TrainConfig:
     teacher and student both wait for the autoencoder, which on a CPU takes as long as a small backbone.
     """
     config = pictures_teacher_on_cpu(imagenette64_teacher())
-    smaller = {"depth": 2, "head_width": 192, "dropout": 0.0}
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, **smaller))
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, head_depth=8, dropout=0.0))
 
 
 def imagenette64_student() -> DistillConfig:
-    """One-step student of the `imagenette64` teacher, on one GPU: `pictures_student` with smaller batches.
+    """One-step student of the `imagenette64` teacher, on one GPU: `pictures_student`.
 
     93 seconds on an H200 with --graphs (2026-11-26; docs/results.md).
     """
-    return dataclasses.replace(
-        pictures_student("data/imagenette64-latents", guidance=2.5, highest=4.0), steps=3_600, batch=128, ema=0.998,
-        gsim=GSIMConfig(lr=3e-4, auxiliary_lr=6e-4),
-    )  # fmt: skip
+    return dataclasses.replace(pictures_student("data/imagenette64-latents", guidance=2.5, highest=4.0), steps=3_600)
 
 
 def imagenette64_cpu_student() -> DistillConfig:

@@ -81,10 +81,10 @@ def few_evaluations(
         timesteps: of `StudentConfig.timesteps`.
         noise: for all evaluations but the first.
     """
-    times = torch.tensor(timesteps, device=head.input_proj.weight.device)
+    times = [torch.full((), t, device=head.input_proj.weight.device) for t in timesteps]  # no copy: graphs allow none
     embedded: dict[float, Tensor] = {}
 
-    def embed(times: Tensor, w: Tensor) -> Tensor:
+    def embed(times: list[Tensor], w: Tensor) -> Tensor:
         return torch.stack([head.embed_scalars(t, w) for t in times])
 
     def draw(condition: Tensor, null: Tensor | None, z: Tensor, w: float | Tensor) -> Tensor:
