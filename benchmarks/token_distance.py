@@ -58,6 +58,9 @@ def measure(folder: Path, data: str, scales: Sequence[float], quick: bool) -> di
     """Distances in percent of the spread, and spreads over the teacher's, of every model, AR step and scale."""
     contexts, count, steps = (4, 4, (3, 2)) if quick else (CONTEXTS, DRAWS, STEPS)
     teacher, student = (Pipeline.load(folder / name).accelerate() for name in ("teacher", "student"))
+    assert student.student is not None
+    most = student.student.evaluations
+    evaluations = [n for n in range(1, most + 1) if most % n == 0]
     test = load_dataset(data, "test")
     g = rng.generator(0)
     index = torch.randperm(len(test), generator=g)[:contexts].numpy()
@@ -73,7 +76,9 @@ def measure(folder: Path, data: str, scales: Sequence[float], quick: bool) -> di
             context = tokens, visible, masked[:, :1], labels
             constant = {"guidance": w, "guidance_schedule": "constant"}
             models = {f"teacher, {n} steps": (teacher, teacher.settings(head_steps=n, **constant)) for n in steps}
-            models["student, 1 step"] = student, student.settings(**constant)
+            for n in evaluations:
+                name = f"student, {n} step" + "s" * (n > 1)
+                models[name] = student, student.settings(evaluations=n, **constant)
             whole = draws(*models[f"teacher, {steps[0]} steps"], *context, 0, count)
             for name, (model, config) in models.items():
                 found = draws(model, config, *context, 1, count)

@@ -115,7 +115,7 @@ def test_every_setting_changes_the_run(tmp_path: Path):
 @pytest.mark.parametrize("trained", ["head", "all"])
 def test_updates_on_the_same_contexts(trained: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The data change with every second update, the noise with each; the first update is the same as alone."""
-    changes = {"steps": 4, "context_updates": 2, "save_every": 2, "trained": trained, "gsim": GSIMConfig(lr=1e-2)}
+    changes = {"steps": 4, "context_updates": 2, "save_every": 2, "trained": trained, "gsim": GSIMConfig(lr=3e-3)}
     met: list[Context] = []
     loss = ScoreMatching.student_loss
 

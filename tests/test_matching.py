@@ -25,7 +25,7 @@ def made(trained: str, kind: str = "head", evaluations: int = 1) -> tuple[ScoreM
     """Losses of a student whose networks were moved apart, on a context with half of the tokens masked."""
     g = generator(0)
     teacher = Pipeline.load(tiny.teacher()).network.requires_grad_(False)
-    student, auxiliary = copy_network(teacher, trained, True), copy_auxiliary(teacher, kind, True)
+    student, auxiliary = copy_network(teacher, trained, True), copy_auxiliary(teacher, kind, True, evaluations)
     with torch.no_grad():
         for parameter in (*student.parameters(), *auxiliary.parameters()):
             if parameter.requires_grad:
@@ -84,6 +84,21 @@ def test_several_evaluations():
     assert through_last[noise.level == 3].any()
     assert not through_last[noise.level != 3].any()
     assert not torch.allclose(through_all, through_last, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["head", "network"])
+def test_the_auxiliary_knows_the_evaluation(kind: str, tmp_path: Path):
+    """And what RL goes on with, whose student has one, is the auxiliary of the first."""
+    scores, context, noise = made("all", kind, evaluations=4)
+    x_t, condition = torch.randn(noise.eps.shape, generator=generator(1)), context.student
+    found = scores.eps_auxiliary(context, x_t, noise, condition)
+    first = noise._replace(level=torch.zeros_like(noise.level))
+    differs = (found != scores.eps_auxiliary(context, x_t, first, condition)).any(-1)
+    assert torch.equal(differs, noise.level > 0)
+    save_tensors(tmp_path / "scores.safetensors", scores.scores())
+    kept = load_scores(tmp_path, scores.student, True)[1]
+    assert_close(kept(x_t, noise.t, condition, context.w).chunk(2, -1)[0],
+                 scores.eps_auxiliary(context, x_t, first, condition))  # fmt: skip
 
 
 def test_the_auxiliary_sees_the_students_conditions():

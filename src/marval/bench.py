@@ -232,7 +232,7 @@ def rates_of(device: torch.device, precision: str) -> dict[str, float]:
 def bench(
     folder: Path, batches: list[int], repeats: int = 10, device: str = "cpu", ar_steps: list[int] | None = None,
     budget: float | None = None, precision: Literal["auto", "float32", "bf16"] = "auto", graphs: bool = False,
-    compile: bool = False, **settings: Any,
+    compile: bool = False, evaluations: int | None = None, **settings: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Medians over ``repeats`` rounds, teacher and student in turn (`times_in_turn`) within one process.
 
@@ -240,7 +240,7 @@ def bench(
         ar_steps: values of K, each timed at every batch size; the model's default if left out.
         precision: of the weights; auto: bf16 on CUDA, float32 on the CPU. graphs, compile: `Pipeline.accelerate`.
         budget: milliseconds: also find the largest K whose student's image takes no longer at the first batch size.
-        settings: of `Pipeline.settings`.
+        evaluations: of the student's head per token. settings: of `Pipeline.settings`, of both.
 
     Returns:
         ``student``: distilled, or `NO_STUDENT`. ``rows``: one per batch size, K and model; times of an image, its parts
@@ -254,12 +254,13 @@ def bench(
     models = dict(zip(("teacher", "student"), teacher_and_student(folder, place, dtype), strict=True))
     for model in models.values():
         model.accelerate(graphs, compile)
+    own: dict[str, dict[str, Any]] = {"teacher": settings, "student": {**settings, "evaluations": evaluations}}
     rates = rates_of(place, dtype)
     rows, speedup, quiet = [], {}, os.environ.get("RANK", "0") != "0"
     given = ar_steps or [models["student"].sampling.ar_steps]
     for batch in batches:
         for k in given:
-            configs = {name: model.settings(**settings, ar_steps=k) for name, model in models.items()}
+            configs = {name: model.settings(**own[name], ar_steps=k) for name, model in models.items()}
             peaks: dict[str, list[int]] = {name: [] for name in models}
             batch_of = {
                 name: functools.partial(time_and_peak, model, configs[name], batch, graphs, peaks[name])
@@ -280,7 +281,8 @@ def bench(
                 )  # fmt: skip
             speedup[f"batch {batch}, K {k}"] = rows[-2]["seconds_per_image"] / rows[-1]["seconds_per_image"]
     options = {"repeats": repeats, "dtype": dtype, "graphs": graphs, "compile": compile}
-    protocol = {**options, **to_dict(models["teacher"].settings(**settings)), "ar_steps": given}
+    few = models["student"].settings(**own["student"]).evaluations
+    protocol = {**options, **to_dict(models["teacher"].settings(**settings)), "ar_steps": given, "evaluations": few}
     about = {"machine": machine(place), "versions": versions(place), "date": time.strftime("%Y-%m-%d")}
     alone = models["student"].network is models["teacher"].network
     found = {
@@ -288,7 +290,7 @@ def bench(
         "settings": protocol, **about, "command": " ".join(["marval", *sys.argv[1:]]),
     }  # fmt: skip
     if budget is not None:
-        found["budget"] = largest_within(models["student"], budget / 1000, batches[0], repeats, settings)
+        found["budget"] = largest_within(models["student"], budget / 1000, batches[0], repeats, own["student"])
     return found
 
 
@@ -338,7 +340,8 @@ def table(results: dict[str, Any]) -> str:
     modes += [f"refresh_every {s['refresh_every']}"] if s["refresh_every"] > 1 else []
     lines += [
         f"ms per image; the parts were clocked in other batches{', without graphs' if s['graphs'] else ''}; "
-        f"teacher: {s['head_steps']} {s['solver']} steps, guidance {s['guidance']} ({s['guidance_schedule']})",
+        f"teacher: {s['head_steps']} {s['solver']} steps, guidance {s['guidance']} ({s['guidance_schedule']})"
+        + (f"; student: {s['evaluations']} evaluations" if s["evaluations"] > 1 else ""),
         f"floor: operations at the {rates['matmul'] / 1e12:.3g} TFLOP/s of matrix products measured in this run"
         + (f", or bytes at {rates['bandwidth'] / 1e9:.0f} GB/s" if on_gpu else "") + "; without the tokenizer",
         f"{', '.join([s['dtype'], *modes])}, {m.get('gpu', m['cpu'])}, {m['cores']} cores, {m['threads']} threads; "

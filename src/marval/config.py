@@ -89,7 +89,11 @@ class StudentConfig:
         most = self.evaluations
         known = [str(n) for n in range(1, most + 1) if most % n == 0]
         fits = evaluations >= 1 and most % evaluations == 0
-        check(fits, f"this student draws with {' or '.join(known)} evaluations of its head, got {evaluations}")
+        check(
+            fits,
+            f"this student was distilled for {' or '.join(known)} evaluations of its head, not {evaluations} "
+            "(marval distill --student.evaluations)",
+        )
         return tuple(self.t_init * (evaluations - i) // evaluations for i in range(evaluations))
 
 

@@ -93,7 +93,9 @@ def distill(config: DistillConfig, teacher_folder: Path, out: Path, resume: bool
     model.settings()
     curve = Curve(config, model, data, world)
     tokenizer, length, num_classes = model.tokenizer, model.network.config.num_tokens, len(model.class_names)
-    auxiliary = copy_auxiliary(teacher.network, config.auxiliary, config.student.guidance_range is not None)
+    auxiliary = copy_auxiliary(
+        teacher.network, config.auxiliary, config.student.guidance_range is not None, config.student.evaluations
+    )
     blank = template(model.network)
     for network in (teacher.network, model.network, with_part(model.network, auxiliary)):
         prepare(network, config)

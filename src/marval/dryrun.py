@@ -212,6 +212,7 @@ def _with_looks(
 def _rl(
     config: RLConfig, model: MARConfig, share: _Share, decoder: Decoder, student: StudentConfig, whole_teacher: bool
 ) -> dict[str, Any]:
+    student = dataclasses.replace(student, evaluations=1)
     base = _frozen(model, student.guidance_range is not None)
     length, schedule, count = model.num_tokens, cosine_schedule(), share.part
     matching, updates, ema = _matching(base, config, student, whole_teacher)
@@ -354,7 +355,7 @@ def _matching(
     with torch.device("meta"):
         student = copy_network(base, config.trained, guidance_input)
         kind = config.auxiliary if isinstance(config, DistillConfig) else "head"
-        auxiliary = copy_auxiliary(base, kind, guidance_input)
+        auxiliary = copy_auxiliary(base, kind, guidance_input, student_config.evaluations)
     adapters = None
     if isinstance(config, RLConfig) and config.trained == "lora":
         adapters = adapt(student, config.lora_rank)

@@ -19,7 +19,7 @@ from marval.config import GSIMConfig, StudentConfig
 from marval.diffusion import Schedule, guide, q_sample
 from marval.distributed import World, whole, whole_copy
 from marval.ema import EMA
-from marval.models.head import DiffusionHead
+from marval.models.head import DiffusionHead, SinusoidalMLP
 from marval.models.mar import MAR
 from marval.sampling import gather_tokens, student_tokens
 
@@ -32,31 +32,36 @@ def with_head(network: MAR, head: DiffusionHead) -> MAR:
     return other
 
 
-def copy_head(network: MAR, guidance_input: bool) -> DiffusionHead:
-    """A trainable copy of the head. ``guidance_input`` adds the embedding of w, which starts at zero: it computes the
-    same."""
+def copy_head(network: MAR, guidance_input: bool, source_input: bool = False) -> DiffusionHead:
+    """A trainable copy of the head. ``guidance_input`` adds the embedding of w, ``source_input`` that of the timestep
+    at which a token was made; they start at zero: it computes the same."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
-        head = new_head(network, guidance_input)
+        head = new_head(network, guidance_input, source_input)
     head.load_state_dict({**head.state_dict(), **network.head.state_dict()})
     return head.requires_grad_(True).to(network.fake_latent.device).eval()
 
 
-def new_head(network: MAR, guidance_input: bool) -> DiffusionHead:
+def new_head(network: MAR, guidance_input: bool, source_input: bool = False) -> DiffusionHead:
     """A fresh head of the network's sizes."""
     config = network.config
-    return DiffusionHead(config.token_dim, config.width, config.head_width, config.head_depth, guidance_input)
+    sizes = config.token_dim, config.width, config.head_width, config.head_depth
+    return DiffusionHead(*sizes, guidance_input, source_input)
 
 
-def copy_auxiliary(network: MAR, kind: str, guidance_input: bool) -> DiffusionHead | MAR:
-    """A trainable copy of the teacher's head, or (``kind`` = network) of everything."""
-    return copy_network(network, "all", guidance_input) if kind == "network" else copy_head(network, guidance_input)
+def copy_auxiliary(network: MAR, kind: str, guidance_input: bool, evaluations: int = 1) -> DiffusionHead | MAR:
+    """A trainable copy of the teacher's head, or (``kind`` = network) of everything. Of a student of several
+    evaluations, whose tokens have another distribution at each, it knows at which timestep one was made."""
+    several = evaluations > 1
+    if kind == "network":
+        return copy_network(network, "all", guidance_input, several)
+    return copy_head(network, guidance_input, several)
 
 
-def copy_network(network: MAR, trained: str, guidance_input: bool) -> MAR:
+def copy_network(network: MAR, trained: str, guidance_input: bool, source_input: bool = False) -> MAR:
     """A trainable copy: of the head, on the shared backbone (``trained`` = head), or of everything (all)."""
     backbone = network if trained == "head" else copy.deepcopy(network).requires_grad_(True)
-    return with_head(backbone, copy_head(network, guidance_input)).eval()
+    return with_head(backbone, copy_head(network, guidance_input, source_input)).eval()
 
 
 def own_part(network: MAR, base: MAR) -> nn.Module:
@@ -122,7 +127,8 @@ class Noise(NamedTuple):
     z: Tensor
     """(B, N, S, D) for each of the student's S evaluations."""
     level: Tensor
-    """(B, N) the evaluation, in [0, S), whose token the losses see; those before it carry no gradient."""
+    """(B, N) the evaluation, in [0, S), whose token the losses see; those before it carry no gradient. Half of the
+    tokens are of the first, which most images will be drawn with."""
     t: Tensor
     """(B, N) timesteps."""
     eps: Tensor
@@ -186,8 +192,12 @@ class ScoreMatching:
                 x0 = evaluate(x0, noise.z[:, :, i], torch.full_like(noise.t, t), condition.detach())
                 start = torch.where(level == i + 1, x0, start)
         z = noise.z.gather(2, level[..., None].expand(-1, -1, 1, start.shape[-1]))[:, :, 0]
-        t = (self.student_config.t_init * (len(times) - noise.level)) // len(times)
-        return evaluate(start, z, t, condition)
+        return evaluate(start, z, self.source(noise), condition)
+
+    def source(self, noise: Noise) -> Tensor:
+        """(B, N) timesteps at which the student makes the tokens."""
+        config = self.student_config
+        return config.t_init * (config.evaluations - noise.level) // config.evaluations
 
     def eps_teacher(self, context: Context, x_t: Tensor, t: Tensor) -> Tensor:
         """Guided noise prediction of the teacher, (B, N, D)."""
@@ -200,15 +210,15 @@ class ScoreMatching:
         """(B, N, E), from a backbone of its own if there is one."""
         return context.condition(self.auxiliary) if isinstance(self.auxiliary, MAR) else context.student
 
-    def eps_auxiliary(self, context: Context, x_t: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+    def eps_auxiliary(self, context: Context, x_t: Tensor, noise: Noise, condition: Tensor) -> Tensor:
         """Noise prediction of the auxiliary, unguided, (B, N, D)."""
-        return self.auxiliary_head(x_t, t, condition, context.w).chunk(2, dim=-1)[0]
+        return self.auxiliary_head(x_t, noise.t, condition, context.w, self.source(noise)).chunk(2, dim=-1)[0]
 
     def auxiliary_loss(self, context: Context, noise: Noise) -> tuple[Tensor, dict[str, Tensor]]:
         """Denoising score matching on detached student samples: a scalar, and what to watch."""
         with torch.no_grad():
             x_t = q_sample(self.schedule, self.generate(context, noise, context.student), noise.t, noise.eps)
-        predicted = self.eps_auxiliary(context, x_t, noise.t, self.auxiliary_condition(context))
+        predicted = self.eps_auxiliary(context, x_t, noise, self.auxiliary_condition(context))
         loss = gsim.auxiliary_loss(predicted, noise.eps).mean()
         return loss, {"auxiliary_loss": loss.detach()}
 
@@ -222,19 +232,31 @@ class ScoreMatching:
         x0 = self.generate(context, noise, condition)
         x_t = q_sample(self.schedule, x0, noise.t, noise.eps)
         eps_teacher = self.eps_teacher(context, x_t, noise.t)
-        eps_auxiliary = self.eps_auxiliary(context, x_t, noise.t, auxiliary_condition)
+        eps_auxiliary = self.eps_auxiliary(context, x_t, noise, auxiliary_condition)
         loss = gsim.student_loss(eps_teacher, eps_auxiliary, noise.eps, self.config.lam, self.distance).mean()
         y = (eps_teacher - eps_auxiliary).detach().norm(dim=-1).mean()
         drawn = {"token_mean": x0.detach().mean(), "token_std": x0.detach().std()}
         return loss, {"student_loss": loss.detach(), "y": y, **drawn}
 
     def scores(self) -> dict[str, Tensor]:
-        """What `load_scores` reads: the auxiliary's head, and what the teacher does not share with the student."""
+        """What `load_scores` reads: the auxiliary's head, and what the teacher does not share with the student.
+
+        RL's student has one evaluation: of several, the auxiliary's embedding of the first's timestep becomes part of a
+        bias.
+        """
         shared = self.teacher.class_emb is self.student.class_emb
         own = {n: x for n, x in self.teacher.state_dict().items() if n.startswith("head.") or not shared}
         tensors = {f"teacher.{name}": x for name, x in own.items()}
         tensors |= {f"{AUXILIARY}{name}": x for name, x in self.auxiliary_head.state_dict().items()}
-        return {name: whole(x).to("cpu", copy=True) for name, x in tensors.items()}
+        tensors = {name: whole(x).to("cpu", copy=True) for name, x in tensors.items()}
+        if self.auxiliary_head.source_embed is not None:
+            embed = SinusoidalMLP(self.student.config.head_width)
+            prefix = f"{AUXILIARY}source_embed."
+            own = {n.removeprefix(prefix): tensors.pop(n) for n in list(tensors) if n.startswith(prefix)}
+            embed.load_state_dict(own)
+            with torch.no_grad():
+                tensors[f"{AUXILIARY}cond_embed.bias"] += embed(torch.tensor(self.student_config.t_init))
+        return tensors
 
 
 AUXILIARY = "auxiliary.head."
@@ -280,4 +302,5 @@ def draw_noise(
     t = gsim.draw_timesteps((batch, num_masked), t_range, generator)
     if evaluations == 1:
         return Noise(z, torch.zeros_like(t), t, eps)
-    return Noise(z, torch.randint(evaluations, (batch, num_masked), **on), t, eps)
+    later = torch.randint(1, evaluations, (batch, num_masked), **on)
+    return Noise(z, torch.where(torch.rand(batch, num_masked, **on) < 0.5, 0, later), t, eps)

@@ -66,13 +66,19 @@ class DiffusionHead(nn.Module):
         token_dim: D. cond_dim: E, width of the backbone. width, depth: of the MLP.
         guidance_input: also take the guidance scale w (a student for every scale). The extra embedding starts at
             zero, so that a fresh student equals its teacher's head.
+        source_input: also take the timestep at which a student of several evaluations made the token: an auxiliary that
+            tells them apart (`marval.matching`). This extra embedding starts at zero, too.
     """
 
-    def __init__(self, token_dim: int, cond_dim: int, width: int, depth: int, guidance_input: bool = False):
+    def __init__(
+        self, token_dim: int, cond_dim: int, width: int, depth: int, guidance_input: bool = False,
+        source_input: bool = False,
+    ):  # fmt: skip
         super().__init__()
         self.time_embed = SinusoidalMLP(width)
         self.cond_embed = nn.Linear(cond_dim, width)
         self.guidance_embed = SinusoidalMLP(width) if guidance_input else None
+        self.source_embed = SinusoidalMLP(width) if source_input else None
         self.input_proj = nn.Linear(token_dim, width)
         self.res_blocks = nn.ModuleList([ResBlock(width) for _ in range(depth)])
         self.final_layer = FinalLayer(width, 2 * token_dim)
@@ -89,22 +95,28 @@ class DiffusionHead(nn.Module):
         zeroed += [self.final_layer.adaLN_modulation[1], self.final_layer.linear]
         if self.guidance_embed is not None:
             zeroed.append(self.guidance_embed.mlp[2])
+        if self.source_embed is not None:
+            zeroed.append(self.source_embed.mlp[2])
         for layer in zeroed:
             nn.init.zeros_(layer.get_parameter("weight"))
 
-    def _scalars(self, t: Tensor, w: Tensor | None) -> Tensor:
+    def _scalars(self, t: Tensor, w: Tensor | None, source: Tensor | None = None) -> Tensor:
         y = self.time_embed(t)
         if self.guidance_embed is not None:
             if w is None:
                 raise ValueError("this head takes the guidance scale as an input: give w")
             y = y + self.guidance_embed(100 * w)
+        if self.source_embed is not None:
+            assert source is not None
+            y = y + self.source_embed(source)
         return y
 
     # A sharded head gathers its weights for each of the following, which therefore call none of each other.
 
-    def embed(self, t: Tensor, c: Tensor, w: Tensor | None = None) -> Tensor:
-        """Sum of the embeddings of timestep t (...), condition c (..., E) and, if it is an input, guidance w (...)."""
-        return self._scalars(t, w) + self.cond_embed(c)
+    def embed(self, t: Tensor, c: Tensor, w: Tensor | None = None, source: Tensor | None = None) -> Tensor:
+        """Sum of the embeddings of timestep t (...), condition c (..., E) and, if they are inputs, guidance w (...) and
+        source (...)."""
+        return self._scalars(t, w, source) + self.cond_embed(c)
 
     def embed_scalars(self, t: Tensor, w: Tensor | None = None) -> Tensor:
         """The part of `embed` without the condition: the same for all tokens, once per chain for all its steps."""
@@ -122,14 +134,17 @@ class DiffusionHead(nn.Module):
             x = block(x, h)
         return self.final_layer(x, h)
 
-    def forward(self, x: Tensor, t: Tensor, c: Tensor, w: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, t: Tensor, c: Tensor, w: Tensor | None = None, source: Tensor | None = None
+    ) -> Tensor:  # fmt: skip
         """Noise prediction ++ variance interpolation.
 
         Args:
             x: (..., D) noisy tokens. t: (...) timesteps in [0, 999]. c: (..., E) conditions.
             w: (...) guidance scales, for a head with ``guidance_input``.
+            source: (...) timesteps at which the student made the tokens, for a head with ``source_input``.
 
         Returns:
             (..., 2 D) float32.
         """
-        return self.denoise(x, self.embed(t, c, w))
+        return self.denoise(x, self.embed(t, c, w, source))
