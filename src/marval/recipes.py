@@ -5,10 +5,9 @@ expected times are those of `marval VERB RECIPE --dry-run --processes 8`: 8 H200
 measured for MAR-B. We have not run them.
 
 Those of small colour pictures come in two sizes: `cifar10`, `imagenette64` and `emoji` are meant for one modern GPU,
-with --graphs (`imagenette64` was run whole, in 4 and 2 minutes; by the time of some updates a quarter of an hour for
-the others' teachers and 5 minutes for their students); the same with `-cpu` for one CPU core.
-They save often and a teacher's checkpoint.pt takes 16 bytes per parameter, about 40 MB (a student's 28), so a run
-can be cut into pieces of a few minutes, on different machines: go on with --resume.
+with --graphs (teachers of `cifar10` and `imagenette64` were run whole, in 5 and 4 minutes); the same with `-cpu` for
+one CPU core. They save often and a teacher's checkpoint.pt takes 16 bytes per parameter, so a run can be cut into
+pieces of a few minutes, on different machines: go on with --resume.
 """
 
 import dataclasses
@@ -170,11 +169,12 @@ def pictures_aligned_on_cpu() -> RLConfig:
 
 
 def cifar10_teacher() -> TrainConfig:
-    """CIFAR-10, 32x32 colour, as 64 tokens of 4x4 pixels, on one GPU: `pictures_teacher`; 92 epochs.
+    """CIFAR-10, 32x32 colour, as 64 tokens of 4x4 pixels, on one GPU: `pictures_teacher`; 90 epochs.
 
-    The data: benchmarks/prepare_data.py.
+    7.9 M parameters; 327 seconds on an H200 with --graphs, without sample grids (2026-11-26; docs/results.md). Most
+    classes are recognised. The data: benchmarks/prepare_data.py.
     """
-    return pictures_teacher("data/cifar10.npz", guidance=3.0, steps=18_000)
+    return pictures_teacher("data/cifar10.npz", guidance=3.0, steps=17_500)
 
 
 def latents_teacher_on_cpu(config: TrainConfig, data: str, **changes: Any) -> TrainConfig:
@@ -199,9 +199,15 @@ def cifar10_cpu_teacher() -> TrainConfig:
 
 
 def cifar10_student() -> DistillConfig:
-    """One-step student of the `cifar10` teacher, on one GPU: `pictures_student`."""
+    """Student of the `cifar10` teacher, of one or two evaluations, on one GPU: `pictures_student`.
+
+    Not run yet as it stands. 3,400 updates took 110 seconds on an H200 beside another process, with four evaluations
+    and learning rates half as high again (docs/results.md); with one evaluation and those it diverged after 1,000
+    (docs/LOG.md, 2026-11-26).
+    """
     config = pictures_student("data/cifar10.npz", guidance=3.0, highest=4.0)
-    return dataclasses.replace(config, steps=5_000, student=dataclasses.replace(config.student, evaluations=4))
+    student = dataclasses.replace(config.student, evaluations=2)
+    return dataclasses.replace(config, steps=6_000, student=student, gsim=GSIMConfig(lr=2e-4, auxiliary_lr=4e-4))
 
 
 def latents_student_on_cpu(data: str, guidance: float, highest: float = 3.0) -> DistillConfig:
