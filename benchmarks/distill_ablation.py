@@ -38,7 +38,7 @@ from results_page import (
 
 from marval import recipes
 from marval.checkpoint import read_json, write_atomically, write_json
-from marval.config import DistillConfig, numbers, to_dict
+from marval.config import DistillConfig, filled, numbers, to_dict
 from marval.data import load_dataset
 from marval.distill import distill, make_student
 from marval.draw import sample_in_turn
@@ -130,6 +130,8 @@ class Study:
     def read(self) -> dict[str, Any]:
         """The rows so far, of this protocol; those of another process as well."""
         results = read_json(self.file) if self.file.exists() else {"rows": {}, "protocol": {}}
+        if recipe := results["protocol"].get("recipe"):
+            results["protocol"]["recipe"] = filled(recipe, self.protocol["recipe"])
         results["protocol"] = same_protocol(self.file, results["protocol"], self.protocol)
         return results
 

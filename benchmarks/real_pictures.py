@@ -87,8 +87,8 @@ def all_rows(
             solvers = SOLVERS if own and n > 1 else ("ancestral",)  # a single step is the same in both
             found += [Row(model="teacher", ar_steps=k, head_steps=n, solver=solver) for solver in solvers]
         found += [Row(model="untrained", ar_steps=k)] if own else []
-        found += [Row(model="student", ar_steps=k, head_steps=n) for n in evaluations if own]
         found += [Row(model=model, ar_steps=k) for model in ("student", "aligned") if aligned or model == "student"]
+        found += [Row(model="student", ar_steps=k, head_steps=n) for n in evaluations if own]
     return found
 
 
@@ -230,9 +230,9 @@ class Study:
         k: dict[str, Any] = {"ar_steps": row.ar_steps}
         if row.model == "untrained":
             return k
-        chain = {"head_steps": row.head_steps, "solver": row.solver} if row.model == "teacher" else {}
-        if row.head_steps > 1 and row.model != "teacher":
-            chain = {"evaluations": row.head_steps}
+        chain: dict[str, Any] = {"evaluations": row.head_steps}
+        if row.model == "teacher":
+            chain = {"head_steps": row.head_steps, "solver": row.solver}
         return k | self.common | chain
 
     # ---- quality

@@ -1,5 +1,6 @@
 """Time and memory of RL's parts, for rl_study.py."""
 
+import dataclasses
 import statistics
 import time
 from collections.abc import Callable
@@ -73,7 +74,8 @@ def anchor_update(student: Pipeline, folder: Path, config: RLConfig) -> Callable
     student.network.requires_grad_(False)
     network = copy_network(student.network, "head", takes_guidance)
     teacher, auxiliary = load_scores(folder, student.network, takes_guidance)
-    matching = ScoreMatching(teacher, network, auxiliary, student.student, config.gsim, student.schedule)
+    policy_config = dataclasses.replace(student.student, evaluations=1)
+    matching = ScoreMatching(teacher, network, auxiliary, policy_config, config.gsim, student.schedule)
     optimizer = torch.optim.Adam(auxiliary.parameters(), 1e-9)
     length, dim, g = network.config.num_tokens, network.config.token_dim, generator(0)
     order = torch.rand(config.batch, length, generator=g).argsort(1)

@@ -115,6 +115,17 @@ def test_models_of_a_folder():
     assert results["settings"]["dtype"] == "bf16"
 
 
+def test_evaluations():
+    one, two = (bench(tiny.student_of_two(), [2], repeats=1, evaluations=n, head_steps=3) for n in (1, 2))
+    assert (one["settings"]["evaluations"], two["settings"]["evaluations"]) == (1, 2)
+    assert "; student: 2 evaluations" in table(two)
+    operations = [
+        row["floor_seconds_per_image"] * results["rates"]["matmul"] for results in (one, two) for row in results["rows"]
+    ]
+    assert operations[0] == pytest.approx(operations[2])  # of the teacher
+    assert operations[1] < operations[3]
+
+
 def test_a_turn_warms_up():
     """Of the batches that fill a turn the first is not counted; a batch that fills it alone is."""
     calls: list[str] = []

@@ -180,7 +180,7 @@ def one_class(tmp_path: Path) -> Path:
 
 def test_a_student_that_diverges_stops_the_run(tmp_path: Path):
     config = dataclasses.replace(SHORT, steps=50, log_every=1, save_every=1, gsim=GSIMConfig(lr=0.3))
-    with pytest.raises(FloatingPointError, match=r"step \d+: the student has diverged.*lower --gsim.lr 0.3") as caught:
+    with pytest.raises(FloatingPointError, match=r"step \d+: the student has diverged.*below --gsim.lr 0.3") as caught:
         distill(config, tiny.teacher(), tmp_path / "run")
     stopped = int(str(caught.value).split(":")[0].removeprefix("step "))
     assert tiny.metrics(tmp_path / "run")[-1]["step"] == stopped

@@ -5,7 +5,7 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import tiny
@@ -238,6 +238,22 @@ def test_evaluation_sums_its_settings():
     # the student runs the backbone once per AR step and the head once per token, the teacher twice and 2 x 20 times
     head = 2 * 16 * (4 * 64 + 5 * 64**2 + 2 * 64**2 + 8 * 64)
     assert many - 2 * few == pytest.approx(38 * head, rel=0.05)
+
+
+@pytest.mark.parametrize("trained", ["head", "all"])
+def test_precision_does_not_change_the_operations_of_several_evaluations(trained: Literal["head", "all"]):
+    """The first of them are without gradients, the last has all."""
+    made = DistillConfig(trained=trained, batch=4, ar_steps=4, student=StudentConfig(evaluations=2), device="cpu")
+    operations = [
+        plan("distill", dataclasses.replace(made, precision=precision), MODEL, this_machine=False)["operations"]
+        for precision in ("bf16", "float32")
+    ]
+    assert operations[0] == operations[1]
+
+
+def test_a_teacher_has_no_evaluations():
+    with pytest.raises(ValueError, match="--evaluations is for students"):
+        plan("evaluate", EvaluateConfig(evaluations="2", device="cpu"), MODEL, this_machine=False)
 
 
 def of_looks(planned: dict[str, Any]) -> float:

@@ -440,6 +440,14 @@ def test_a_reward_that_fails_names_the_image(tmp_path: Path):
             evaluate_folder(tiny.student(), tmp_path / f"{i}.json", config(rewards=rewards, prompt="{class}"))
 
 
+def test_evaluations_of_a_student_are_its_head_steps(tmp_path: Path):
+    out = tmp_path / "sweep.json"
+    evaluate_folder(tiny.student_of_two(), out, config(evaluations="1,2"))
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["protocol"]["head_steps"] for row in rows] == [1, 2]
+    assert rows[0]["fid"] != rows[1]["fid"]
+
+
 def test_refused(tmp_path: Path):
     (tmp_path / "small.npz").write_bytes(b"")
     np.savez(tmp_path / "small.npz", mu=np.zeros(3), sigma=np.eye(3))

@@ -325,7 +325,7 @@ def trained(folder: Path, **changes: Any) -> dict[str, Tensor]:
     common: dict[str, Any] = {"steps": 6, "batch": 8, "sample_every": 0, **changes}
     model = dataclasses.replace(tiny.MODEL, dropout=0.1)
     train(TrainConfig(model=model, sampling=tiny.SAMPLING, **common), folder / "teacher")
-    student = StudentConfig(guidance_range=(1.0, 3.0))
+    student = StudentConfig(guidance_range=(1.0, 3.0), evaluations=2)
     config = DistillConfig(student=student, trained="all", auxiliary="network", ar_steps=4, **common)
     distill(config, folder / "teacher", folder / "student")
     return load_file(folder / "student" / "model.safetensors")

@@ -41,6 +41,13 @@ def drawn(folder: Path) -> dict[str, int]:
     return {str(file): file.stat().st_mtime_ns for file in folder.rglob("images-*.npz")}
 
 
+def test_rows_of_a_student_of_several_evaluations(scripts):
+    """After its row of one, which is the one that is shown."""
+    rows = scripts[0].all_rows(8, [4], False, (10,), (10,), [4, 2])
+    names = [row.name for row in rows if row.model == "student"]
+    assert names == ["student-k8", "student-k8-4", "student-k8-2", "student-k4"]
+
+
 def test_run_resume_clock_page(scripts, models, quick, capsys):
     real_pictures = scripts[0]
     some = ["run", "digits", str(models), "--quick", "--seeds", "0", "--rows", "real*,student-k4,teacher-k4-4-*"]

@@ -109,6 +109,17 @@ def test_resume_without_a_run_starts_one(tmp_path: Path):
     same(tmp_path / "run", finished("train"))
 
 
+def test_settings_that_an_earlier_version_did_not_have(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Are their defaults, nested ones too."""
+    shutil.copytree(finished("distill"), tmp_path / "run")
+    meta = json.loads((tmp_path / "run" / "meta.json").read_text())
+    del meta["config"]["student"]["evaluations"], meta["config"]["class_drop"]
+    (tmp_path / "run" / "meta.json").write_text(json.dumps(meta))
+    main([*command("distill", tmp_path / "run"), "--resume"])
+    line = tiny.refused(capsys, *command("distill", tmp_path / "run"), "--resume", "--student.evaluations", 2)
+    assert "was started with student = " in line
+
+
 def test_a_checkpoint_of_another_version(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """As of the first marval, whose auxiliary had a backbone: one line that names the file."""
     shutil.copytree(finished("distill"), tmp_path / "run")

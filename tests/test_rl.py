@@ -456,13 +456,13 @@ def test_a_student_of_a_range_of_guidance(trained: Literal["head", "all"], file:
 
 
 def test_the_policy_is_the_first_evaluation(file: Path, tmp_path: Path):
-    """A student of several comes out with one."""
-    shutil.copytree(tiny.student(), tmp_path / "student")
+    """A student of several comes out with one, also where it draws with more by default."""
+    shutil.copytree(tiny.student_of_two(), tmp_path / "student")
     config = json.loads((tmp_path / "student" / "config.json").read_text())
-    config["student"]["evaluations"] = 4
+    config["sampling"]["evaluations"] = 2
     (tmp_path / "student" / "config.json").write_text(json.dumps(config))
     several = Pipeline.load(tmp_path / "student")
-    assert not np.array_equal(several.sample(3, evaluations=4), several.sample(3))
+    assert not np.array_equal(several.sample(3, evaluations=1), several.sample(3))
     short = dataclasses.replace(CONFIG, steps=2, anchor=1.0, reward=f"{file}:brightness")
     found = [
         rl(short, folder, tmp_path / f"run-{i}") for i, folder in enumerate((tmp_path / "student", tiny.student()))

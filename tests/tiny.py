@@ -67,6 +67,16 @@ def student() -> Path:
 
 
 @functools.cache
+def student_of_two() -> Path:
+    """Folder of the same student, said to have two evaluations: its weights serve any."""
+    shutil.copytree(student(), folder("two"))
+    config = json.loads((folder("two") / "config.json").read_text())
+    config["student"]["evaluations"] = 2
+    (folder("two") / "config.json").write_text(json.dumps(config))
+    return folder("two")
+
+
+@functools.cache
 def classifier() -> Path:
     """Folder of a small digit classifier, beside the models, where `marval evaluate` looks for it."""
     data, held_out = load_dataset("digits"), load_dataset("digits", "test")

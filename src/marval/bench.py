@@ -49,7 +49,8 @@ def teacher_and_student(
     network = load_scores(folder, model.network, model.student.guidance_range is not None)[0]
     if dtype == "bf16":
         network.to_bf16()
-    return Pipeline(network, model.tokenizer, model.class_names, model.sampling), model
+    sampling = dataclasses.replace(model.sampling, evaluations=1)
+    return Pipeline(network, model.tokenizer, model.class_names, sampling), model
 
 
 # ---- what a number was measured on
@@ -122,8 +123,8 @@ def time_and_peak(
 def clocks(model: Pipeline) -> Iterator[dict[str, float]]:
     """Seconds spent inside encoder, decoder, head and tokenizer until the block ends, added up.
 
-    Each clock waits for the device, so the sum is longer than a batch without clocks; CUDA graphs are left aside. A
-    cached backbone (refresh_every) is not split: its time counts as the decoder's.
+    Each clock waits for the device, so the sum is longer than a batch without clocks; CUDA graphs are left aside, but
+    for that of the decoding. A cached backbone (refresh_every) is not split: its time counts as the decoder's.
     """
     seconds: dict[str, float] = dict.fromkeys(PARTS[:-1], 0.0)
     device = model.device
@@ -139,18 +140,17 @@ def clocks(model: Pipeline) -> Iterator[dict[str, float]]:
 
         return timed
 
-    draw, network, tokenizer = model.draw, model.network, model.tokenizer
-    encode, decode, images = network.encode, network.decode, tokenizer.decode
+    draw, network, images = model.draw, model.network, functools.partial(model.to_images, call=model.call)
+    encode, decode = network.encode, network.decode
 
     def draw_clocked(*args: Any, **kwargs: Any) -> Callable[..., Tensor]:
         return clocked("head", draw(*args, **kwargs))
 
     cached = clocked("decoder", CachedBackbone.condition)
-    own: list[dict[str, Any]] = [vars(model), vars(network), vars(tokenizer)]
+    own: list[dict[str, Any]] = [vars(model), vars(network)]
     before = [dict(names) for names in own]
-    own[0].update(draw=draw_clocked, call=plainly)
+    own[0].update(draw=draw_clocked, call=plainly, to_images=clocked("tokenizer", images))
     own[1].update(encode=clocked("encoder", encode), decode=clocked("decoder", decode))
-    own[2].update(decode=clocked("tokenizer", images))
     try:
         with patch.object(CachedBackbone, "condition", cached):
             yield seconds

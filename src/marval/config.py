@@ -65,7 +65,8 @@ class StudentConfig:
     """Timestep of the one evaluation of the head, or the first; sigma/alpha is 2.5 at 755 on the cosine schedule."""
     evaluations: int = 1
     """Most evaluations of the head per token that it is distilled for; it draws with any number that divides this one.
-    Each but the first starts from the token before it, noised anew, at a timestep evenly below t_init."""
+    Each but the first starts from the token before it, noised anew, at a timestep evenly below t_init. Rollouts, the
+    curve of quality and RL draw with one."""
     guidance: float = 1.5
     """Guidance scale the student was distilled for; with a range, the default at sampling."""
     guidance_range: tuple[float, float] | None = None
@@ -91,7 +92,7 @@ class StudentConfig:
         fits = evaluations >= 1 and most % evaluations == 0
         check(
             fits,
-            f"this student was distilled for {' or '.join(known)} evaluations of its head, not {evaluations} "
+            f"this student draws with evaluations {' or '.join(known)} of its head, not {evaluations} "
             "(marval distill --student.evaluations)",
         )
         return tuple(self.t_init * (evaluations - i) // evaluations for i in range(evaluations))
@@ -476,6 +477,15 @@ class RLConfig(RunConfig):
 def to_dict(config: Any) -> dict[str, Any]:
     """A dataclass as plain JSON types."""
     return dataclasses.asdict(config)
+
+
+def filled(values: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """Settings of an earlier version, nested like the defaults: what it did not have does what its default does."""
+    nested = {
+        name: filled(values[name], default)
+        for name, default in defaults.items() if isinstance(default, dict) and isinstance(values.get(name), dict)
+    }  # fmt: skip
+    return defaults | values | nested
 
 
 def from_dict(cls: Any, values: dict[str, Any]) -> Any:

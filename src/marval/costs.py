@@ -39,7 +39,8 @@ def _cast(x: Tensor) -> Tensor:
     """x in bfloat16; trained weights are cast once in an autocast region, but anew where blocks are recomputed."""
     if not (x.is_leaf and x.requires_grad) or torch._C._current_graph_task_id() >= 0:
         return x.bfloat16()
-    return _Autocast.casts.setdefault(id(x), (x, x.bfloat16()))[1]
+    with torch.enable_grad():  # the cast serves calls with gradients after those without
+        return _Autocast.casts.setdefault(id(x), (x, x.bfloat16()))[1]
 
 
 @contextlib.contextmanager

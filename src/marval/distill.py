@@ -1,4 +1,4 @@
-"""Distil a teacher's inner chain into one step with GSIM (MARVAL, arXiv 2511.15190; equations in marval.gsim)."""
+"""Distil a teacher's inner chain into one step or a few: GSIM (MARVAL, arXiv 2511.15190; equations in marval.gsim)."""
 
 import dataclasses
 from pathlib import Path
@@ -32,13 +32,13 @@ from marval.sampling import few_evaluations, gather_tokens, last, unmask
 from marval.tokenizers import LatentTokenizer
 from marval.train import draw_masks, save_sample_grid
 
-DIVERGED = 3.0
+DIVERGED = 10.0
 """Standard deviation of the student's tokens over that of the data beyond which a run is stopped: adversaries that have
-lost each other do not come back (docs/LOG.md, 2026-11-26, fourteenth session)."""
+lost each other do not come back (docs/LOG.md, 2026-11-26, fourteenth session). An untrained head may have five."""
 
 
 def make_student(teacher: Pipeline, config: DistillConfig) -> Pipeline:
-    """The teacher as a one-step student before any training: the same weights, evaluated once."""
+    """The teacher as a student before any training: the same weights, evaluated once, or a few times."""
     guidance_input = config.student.guidance_range is not None
     network = copy_network(teacher.network, config.trained, guidance_input)
     sampling = dataclasses.replace(
@@ -176,7 +176,8 @@ def distill(config: DistillConfig, teacher_folder: Path, out: Path, resume: bool
         for rows, own, weight in parts:
             tokens = own_tokens[own]
             target = gather_tokens(tokens, masked[rows])
-            add_weighted(watched, weight, {"data_mean": target.mean(), "data_std": target.std()})
+            spread = {"data_std": target.std(), "image_std": tokens.std()}
+            add_weighted(watched, weight, {"data_mean": target.mean(), **spread})
             with torch.no_grad(), autocast(config, world.device):
                 if rolls:
                     upto = counts[: counts.index(num_masked) + 1]
@@ -233,12 +234,12 @@ def distill(config: DistillConfig, teacher_folder: Path, out: Path, resume: bool
                 lr=config.gsim.lr * lr_factor,
             )  # fmt: skip
             progress.show({name: row[name] for name in ("student_loss", "auxiliary_loss", "y")})
-            if row["token_std"] > DIVERGED * row["data_std"]:
+            if row["token_std"] > DIVERGED * row["image_std"]:
                 raise FloatingPointError(
                     f"step {done}: the student has diverged: its tokens have a standard deviation of "
-                    f"{row['token_std']:.3g}, the data's {row['data_std']:.3g}. Start again with lower --gsim.lr "
-                    f"{config.gsim.lr:g} and --gsim.auxiliary-lr {config.gsim.auxiliary_lr:g}, or more "
-                    f"--gsim.auxiliary-updates; {out} holds it as it was when it was last saved"
+                    f"{row['token_std']:.3g}, the data's {row['image_std']:.3g}. Start again with more "
+                    f"--gsim.auxiliary-updates, or with learning rates below --gsim.lr {config.gsim.lr:g} "
+                    f"and --gsim.auxiliary-lr {config.gsim.auxiliary_lr:g}"
                 )
         if run.is_due(config.eval_every, done):
             current = averaged()

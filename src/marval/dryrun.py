@@ -29,6 +29,7 @@ from marval.config import (
     SamplingConfig,
     StudentConfig,
     TrainConfig,
+    check,
 )
 from marval.costs import Cost, cost_of, without_data
 from marval.diffusion import cosine_schedule, respace
@@ -327,6 +328,7 @@ def _evaluate(
             ar_steps=min(64, model.num_tokens), guidance=1.0 if student else 3.0, head_steps=100
         )  # as MAR
         sampling = dataclasses.replace(default, **{name: value for name, value in given.items() if value is not None})
+        check(student is not None or sampling.evaluations == 1, "--evaluations is for students")
         costs.append(_drawing(network, config, sampling, student, share.part))
     rewards = scorers(listed(config.rewards))
     decoded = _decoding(lambda tokens: rewards(decoder[1](tokens)), model, min(BATCH, share.part))
@@ -397,10 +399,10 @@ def _matching_work(
         contexts = _contexts(matching, config, model, share, num_masked)
         kinds = 2 + (contexts[0].student is not contexts[0].teacher)  # of conditions
         others = _zeros(kept - share.parts, *contexts[0].teacher.shape, kinds)  # contexts of the parts not tried
-        evaluations = matching.student_config.evaluations
-        z = _zeros(share.total, num_masked, evaluations, model.token_dim)
-        t = _zeros(share.total, num_masked, dtype=torch.long)
-        noise = Noise(z, t, t, z[:, :, 0]).of(slice(count))
+        size = share.total, num_masked
+        z = _zeros(*size, matching.student_config.evaluations, model.token_dim)
+        level, t = (_zeros(*size, dtype=torch.long) for _ in range(2))
+        noise = Noise(z, level, t, _zeros(*size, model.token_dim)).of(slice(count))
         for _ in range(config.gsim.auxiliary_updates):
             _update(updates[1], share, matching.auxiliary_loss, contexts[0], noise)
         for _ in range(_passes(config)):

@@ -163,7 +163,7 @@ def _description(pipeline: Pipeline) -> str:
         aligned = ", aligned with a reward" if pipeline.provenance.get("verb") == "rl" else ""
         kind = f"A one-step MARVAL student{aligned}: a token takes one evaluation of the head"
         if (most := pipeline.student.evaluations) > 1:
-            kind += f", or up to {most} (`evaluations`), which follow its teacher more closely"
+            kind += f", or a number that divides {most} (`evaluations`)"
     patch = f"patches of {tokenizer.patch_size}x{tokenizer.patch_size}"
     if isinstance(tokenizer, LatentTokenizer):
         patch += f" latents with {tokenizer.channels} channels, {tokenizer.stride} pixels apart"

@@ -111,7 +111,7 @@ def sampling_loads(
     """Every AR step of a batch of images.
 
     Args:
-        head_steps: denoising steps of a teacher; 1 for a student.
+        head_steps: denoising steps of a teacher; evaluations of a student, mostly 1.
         guided: two passes, with and without the class, as a guided teacher needs.
         itemsize: bytes of a number: 4 in float32, 2 in bf16.
     """

@@ -288,9 +288,9 @@ class Pipeline:
         parts = [(rows, self.to_images(tokens).cpu().numpy()) for rows, tokens in batches]
         return _in_order(parts)
 
-    def to_images(self, tokens: Tensor) -> Tensor:
-        """Tokens (B, L, D) -> uint8 NHWC images, on their device."""
-        return self.call("images", lambda tokens: to_uint8(self.tokenizer.decode(tokens)), tokens)
+    def to_images(self, tokens: Tensor, call: Call | None = None) -> Tensor:
+        """Tokens (B, L, D) -> uint8 NHWC images, on their device. ``call``: in place of the model's own."""
+        return (call or self.call)("images", lambda tokens: to_uint8(self.tokenizer.decode(tokens)), tokens)
 
     @torch.no_grad()
     def sample_tokens(

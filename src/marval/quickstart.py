@@ -14,7 +14,7 @@ import torch
 from marval import recipes
 from marval.bench import seconds_per_image
 from marval.checkpoint import read_json, write_atomically, write_json
-from marval.config import DistillConfig, RLConfig, TrainConfig, check, to_dict
+from marval.config import DistillConfig, RLConfig, TrainConfig, check, filled, to_dict
 from marval.data import image_grid, load_dataset, save_png
 from marval.distill import distill, make_student
 from marval.evaluate import (
@@ -73,9 +73,8 @@ def quickstart(config: QuickstartConfig, out: Path, resume: bool = False) -> dic
     settings = json.loads(json.dumps(to_dict(config)))
     if (out / "quickstart.json").exists():
         check(resume, f"{out} already holds a quickstart: add --resume to go on, or choose another --out")
-        check(
-            read_json(out / "quickstart.json") == settings, f"{out} was started with other settings: resume with those"
-        )
+        before = filled(read_json(out / "quickstart.json"), json.loads(json.dumps(to_dict(QuickstartConfig()))))
+        check(before == settings, f"{out} was started with other settings: resume with those")
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} is not empty and not a quickstart: choose another --out")
     writable_folder(out)

@@ -90,7 +90,7 @@ def align(config: RLConfig, student_folder: Path, out: Path, resume: bool, best:
     base.network.requires_grad_(False)
     guidance_range = base.student.guidance_range
     student = copy_network(base.network, "head" if config.trained == "head" else "all", guidance_range is not None)
-    sampling = dataclasses.replace(base.sampling, ar_steps=config.ar_steps)
+    sampling = dataclasses.replace(base.sampling, ar_steps=config.ar_steps, evaluations=1)
     model = Pipeline(student, base.tokenizer, base.class_names, sampling, base.student)
     model.settings()
     model.require_images()

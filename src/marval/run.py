@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from marval import __version__
 from marval.checkpoint import load_state, read_json, save_state, write_json
-from marval.config import CurveConfig, RunConfig, to_dict
+from marval.config import CurveConfig, RunConfig, filled, to_dict
 from marval.data import ImageDataset, LazyImages, prefetch
 from marval.distributed import World, restore, whole, whole_state
 from marval.graphs import Call, Graphs, plainly
@@ -120,8 +120,7 @@ class Run:
         self.settings = settings
         if resume and (out / "meta.json").exists():
             before = read_json(out / "meta.json")
-            # a setting that the version which began the run did not have does what its default does
-            before["config"] = json.loads(json.dumps(to_dict(type(config)()))) | before["config"]
+            before["config"] = filled(before["config"], json.loads(json.dumps(to_dict(type(config)()))))
             if before["verb"] != verb:
                 raise ValueError(f"{out} holds a run of `marval {before['verb']}`, not of `marval {verb}`")
             for name in settings | before["config"]:

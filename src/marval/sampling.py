@@ -89,13 +89,12 @@ def few_evaluations(
 
     def draw(condition: Tensor, null: Tensor | None, z: Tensor, w: float | Tensor) -> Tensor:
         def evaluate(c: Tensor, scalars: Tensor, *noises: Tensor) -> Tensor:
-            embedded, x0 = head.embed_condition(c), 0.0
+            conditions, x0 = head.embed_condition(c), 0.0
             for t, scalar, z in zip(timesteps, scalars, noises, strict=True):
-                y = scalar + embedded
+                y = scalar + conditions
                 x0 = gsim.one_step(lambda x, y=y: head.denoise(x, y).chunk(2, -1)[0], temperature * z, schedule, t, x0)
-                x0 = x0 if clamp is None else x0.clamp(*clamp)
             assert isinstance(x0, Tensor)
-            return x0
+            return x0 if clamp is None else x0.clamp(*clamp)
 
         scale = None if isinstance(w, Tensor) or not torch.is_inference_mode_enabled() else float(w)
         scalars = None if scale is None else embedded.get(scale)
