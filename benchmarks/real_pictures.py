@@ -273,11 +273,13 @@ class Study:
     def show(self, real: ImageDataset[np.ndarray], seed: int) -> None:
         """docs/images/pictures_NAME.png: real images, then those of every model, two of each class, the same seeds.
 
-        Only once all are drawn; the teacher's with most steps.
+        Only once all are drawn; the teacher's with most steps, the student's of every number of evaluations.
         """
         k, classes = self.protocol["ar_steps"], len(self.models["student"].class_names)
         own = [row for row in self.rows if row.ar_steps == k and row.solver == "ancestral"]
-        shown = [next(row for row in own if row.model == model) for model in self.models if model != "untrained"]
+        shown = [next(row for row in own if row.model == "teacher")]
+        shown += sorted((row for row in own if row.model == "student"), key=lambda row: row.head_steps)
+        shown += [row for row in own if row.model == "aligned"]
         if not all(f"{row.name}/{seed}" in self.read()["rows"] for row in shown):
             return
         places_of = [np.flatnonzero(real.labels == label)[:2] for label in range(classes)]

@@ -262,7 +262,10 @@ def section(results: Mapping[str, Any], pictures: Path) -> str:
         *filter(None, [about_times(results), verdict(results, rows, count)]),
     ]
     if (shown := pictures / f"pictures_{name}.png").exists():
-        models = ", ".join(role for role in ("student", "aligned") if role in protocol)
+        own = [found[0] for found in rows.values() if found[0]["ar_steps"] == protocol["ar_steps"]]
+        several = sorted(row["head_steps"] for row in own if row["model"] == "student" and row["head_steps"] > 1)
+        roles = ["student", *(f"student ({n} steps)" for n in several), *["aligned"] * ("aligned" in protocol)]
+        models = ", ".join(roles)
         parts.append(f"![Images of every model](images/{shown.name})")
         parts.append(
             f"From above: real test images, teacher (100 steps), {models}; of every class two, the same seeds."
