@@ -222,6 +222,8 @@ def test_refused_settings(
         ("teacher", ["--ar-steps", "17"], ["17", "16"]),
         ("teacher", ["--ar-steps", "0"], ["at least 1", "0"]),
         ("teacher", ["--head-steps", "1001"], ["1001", "1000"]),
+        ("teacher", ["--evaluations", "2"], ["evaluations 2 is for students"]),
+        ("student", ["--evaluations", "3"], ["evaluations must be 1 for this student, got 3"]),
         ("teacher", ["--guidance", "-1"], ["guidance must not be negative", "-1"]),
         ("teacher", ["--order", "spiral"], ["'spiral'", "raster"]),
         ("teacher", ["--temperature", "nan"], ["temperature", "nan"]),

@@ -72,7 +72,7 @@ def test_evaluations_of_a_student(make):
     assert StudentConfig(evaluations=4).timesteps(4) == (755, 566, 377, 188)
     assert StudentConfig(evaluations=4).timesteps(2) == (755, 377)
     for n in (3, 8):
-        with pytest.raises(ValueError, match=f"draws with evaluations 1 or 2 or 4 of its head, not {n}"):
+        with pytest.raises(ValueError, match=f"evaluations must be 1 or 2 or 4 for this student, got {n}"):
             model.sample(0, evaluations=n)
 
 

@@ -92,7 +92,7 @@ class StudentConfig:
         fits = evaluations >= 1 and most % evaluations == 0
         check(
             fits,
-            f"this student draws with evaluations {' or '.join(known)} of its head, not {evaluations} "
+            f"evaluations must be {' or '.join(known)} for this student, got {evaluations} "
             "(marval distill --student.evaluations)",
         )
         return tuple(self.t_init * (evaluations - i) // evaluations for i in range(evaluations))
