@@ -274,8 +274,8 @@ def section(results: Mapping[str, Any], pictures: Path) -> str:
     if plot(results, rows, count, file):
         parts.append(f"![FID against seconds per image](images/{file.name})")
         parts.append(
-            "Numbers at the points are the steps of a token, where K is given, or K; bars are standard deviations over "
-            "seeds. The teacher's single step is left out."
+            "Numbers at the points are steps per token, or the K of a student of one step; bars are standard "
+            "deviations over seeds. The teacher's single step is left out."
         )
     for number in (count, *others):
         parts += [f"The first {int(number):,} images of each row and seed:", quality_table(results, rows, number)]
