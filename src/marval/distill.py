@@ -32,9 +32,9 @@ from marval.sampling import few_evaluations, gather_tokens, last, unmask
 from marval.tokenizers import LatentTokenizer
 from marval.train import draw_masks, save_sample_grid
 
-DIVERGED = 10.0
-"""Standard deviation of the student's tokens over that of the data beyond which a run is stopped: adversaries that have
-lost each other do not come back (docs/LOG.md, 2026-11-26, fourteenth session). An untrained head may have five."""
+DIVERGED = 3.0
+"""Standard deviation of the student's tokens, over that of the data or of its own first tokens, beyond which a run is
+stopped: adversaries that have lost each other do not come back (docs/LOG.md, 2026-11-26, fourteenth session)."""
 
 
 def make_student(teacher: Pipeline, config: DistillConfig) -> Pipeline:
@@ -187,7 +187,7 @@ def distill(config: DistillConfig, teacher_folder: Path, out: Path, resume: bool
             contexts.append(call("context", given, tokens, visible[rows], masked[rows], labels[rows], w[rows]))
         return contexts, watched
 
-    contexts, seen = [], {}
+    contexts, seen, widest = [], {}, 0.0
     batches = run.read_ahead(read, start, data, config.context_updates)
     progress = run.progress(start)
     for step in progress:
@@ -234,10 +234,11 @@ def distill(config: DistillConfig, teacher_folder: Path, out: Path, resume: bool
                 lr=config.gsim.lr * lr_factor,
             )  # fmt: skip
             progress.show({name: row[name] for name in ("student_loss", "auxiliary_loss", "y")})
-            if row["token_std"] > DIVERGED * row["image_std"]:
+            widest = widest or DIVERGED * max(row["image_std"], row["token_std"])
+            if row["token_std"] > widest:
                 raise FloatingPointError(
                     f"step {done}: the student has diverged: its tokens have a standard deviation of "
-                    f"{row['token_std']:.3g}, the data's {row['image_std']:.3g}. Start again with more "
+                    f"{row['token_std']:.3g}, the data's is {row['image_std']:.3g}. Start again with more "
                     f"--gsim.auxiliary-updates, or with learning rates below --gsim.lr {config.gsim.lr:g} "
                     f"and --gsim.auxiliary-lr {config.gsim.auxiliary_lr:g}"
                 )
