@@ -183,8 +183,7 @@ class Study:
         self.common = {"guidance": sampling.guidance, "guidance_schedule": sampling.guidance_schedule}
         tokens, has_aligned = student.network.config.num_tokens, "aligned" in self.models
         others = sorted({*(k for k in AR_STEPS if k < tokens), tokens} - {sampling.ar_steps})
-        most = student.student.evaluations
-        several = [n for n in range(most, 1, -1) if most % n == 0]
+        several = student.student.choices[:0:-1]
         self.rows = all_rows(sampling.ar_steps, others, has_aligned, evaluations=several)
         if quick:
             self.rows = all_rows(sampling.ar_steps, others[:1], has_aligned, (4, 1), (4,), several)

@@ -59,8 +59,6 @@ def measure(folder: Path, data: str, scales: Sequence[float], quick: bool) -> di
     contexts, count, steps = (4, 4, (3, 2)) if quick else (CONTEXTS, DRAWS, STEPS)
     teacher, student = (Pipeline.load(folder / name).accelerate() for name in ("teacher", "student"))
     assert student.student is not None
-    most = student.student.evaluations
-    evaluations = [n for n in range(1, most + 1) if most % n == 0]
     test = load_dataset(data, "test")
     g = rng.generator(0)
     index = torch.randperm(len(test), generator=g)[:contexts].numpy()
@@ -76,7 +74,7 @@ def measure(folder: Path, data: str, scales: Sequence[float], quick: bool) -> di
             context = tokens, visible, masked[:, :1], labels
             constant = {"guidance": w, "guidance_schedule": "constant"}
             models = {f"teacher, {n} steps": (teacher, teacher.settings(head_steps=n, **constant)) for n in steps}
-            for n in evaluations:
+            for n in student.student.choices:
                 name = f"student, {n} step" + "s" * (n > 1)
                 models[name] = student, student.settings(evaluations=n, **constant)
             whole = draws(*models[f"teacher, {steps[0]} steps"], *context, 0, count)

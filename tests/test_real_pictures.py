@@ -42,7 +42,7 @@ def drawn(folder: Path) -> dict[str, int]:
 
 
 def test_rows_of_a_student_of_several_evaluations(scripts):
-    """After its row of one, which is the one that is shown."""
+    """After its row of one, at its own K."""
     rows = scripts[0].all_rows(8, [4], False, (10,), (10,), [4, 2])
     names = [row.name for row in rows if row.model == "student"]
     assert names == ["student-k8", "student-k8-4", "student-k8-2", "student-k4"]

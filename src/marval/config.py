@@ -81,18 +81,20 @@ class StudentConfig:
             low, high = self.guidance_range
             check(0 <= low <= self.guidance <= high, f"guidance {self.guidance} is outside guidance_range {low} {high}")
 
+    @property
+    def choices(self) -> tuple[int, ...]:
+        """Numbers of evaluations that it can draw with, from 1 up."""
+        return tuple(n for n in range(1, self.evaluations + 1) if self.evaluations % n == 0)
+
     def timesteps(self, evaluations: int) -> tuple[int, ...]:
         """Of so many evaluations, from t_init down.
 
         Raises:
             ValueError: the student was not distilled for this number.
         """
-        most = self.evaluations
-        known = [str(n) for n in range(1, most + 1) if most % n == 0]
-        fits = evaluations >= 1 and most % evaluations == 0
         check(
-            fits,
-            f"evaluations must be {' or '.join(known)} for this student, got {evaluations} "
+            evaluations in self.choices,
+            f"evaluations must be {' or '.join(map(str, self.choices))} for this student, got {evaluations} "
             "(marval distill --student.evaluations)",
         )
         return tuple(self.t_init * (evaluations - i) // evaluations for i in range(evaluations))
