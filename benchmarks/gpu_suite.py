@@ -598,6 +598,7 @@ def stages(suite: Suite, checkout: Path | None) -> list[tuple[str, Callable[[], 
         draws(size, "teacher", best, 1, short, 40, 2)
         if checkout is not None:
             theirs(size, 1, short, scale.cut, 50)
+            theirs(size, scale.large, scale.few, scale.cut, 50)
     return found
 
 

@@ -15,7 +15,6 @@ from typing import Any, Literal
 from unittest.mock import patch
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from marval.config import SamplingConfig, StudentConfig, to_dict
@@ -26,6 +25,7 @@ from marval.models.cached import CachedBackbone
 from marval.pipeline import Pipeline
 from marval.rng import ImageNoise
 from marval.run import versions
+from marval.sampling import Draw
 from marval.shipped import model_folder
 
 PARTS = ("encoder", "decoder", "head", "tokenizer", "rest")
@@ -143,8 +143,10 @@ def clocks(model: Pipeline) -> Iterator[dict[str, float]]:
     draw, network, images = model.draw, model.network, functools.partial(model.to_images, call=model.call)
     encode, decode = network.encode, network.decode
 
-    def draw_clocked(*args: Any, **kwargs: Any) -> Callable[..., Tensor]:
-        return clocked("head", draw(*args, **kwargs))
+    def draw_clocked(*args: Any, **kwargs: Any) -> Draw:
+        one = draw(*args, **kwargs)
+        parts = {name: clocked("head", getattr(one, name)) for name in ("prepare", "evaluate")}
+        return dataclasses.replace(one, **parts)
 
     cached = clocked("decoder", CachedBackbone.condition)
     own: list[dict[str, Any]] = [vars(model), vars(network)]

@@ -70,8 +70,9 @@ class Graphs:
                 graph, out = self._record(function, tree_unflatten(leaves, structure))
                 self._recorded[key] = graph, buffers, out
             graph, buffers, out = self._recorded[key]
-            for buffer, x in zip(buffers, given, strict=True):
-                buffer.copy_(x)
+            for dtype in {x.dtype for x in given}:
+                pairs = [pair for pair in zip(buffers, given, strict=True) if pair[1].dtype == dtype]
+                torch._foreach_copy_([to for to, _ in pairs], [x for _, x in pairs])  # pyright: ignore
             graph.replay()
             return tree_map_only(Tensor, lambda x: x.detach().clone(), out)  # the next replay writes into `out`
 

@@ -95,8 +95,8 @@ class Pipeline:
         (``refresh_every``).
 
         Args:
-            graphs: on CUDA, record backbone and head of each AR step, and the decoding, as CUDA graphs: at small
-                batches the launches take longer than the work. Weights may change in place, but not be replaced.
+            graphs: on CUDA, record each AR step, and the decoding, as a CUDA graph: at small batches the launches take
+                longer than the work. Weights may change in place, but not be replaced.
             compile: compile the blocks of transformer and head (torch.compile; needs a C++ compiler). On the CPU this
                 takes the place of oneDNN.
 
@@ -413,14 +413,14 @@ class Pipeline:
         fixed = masking.raster_order(grid * grid) if order == "raster" else masking.centre_out_order(grid)
         return fixed.to(self.device).expand(count, -1)
 
-    def draw(self, config: SamplingConfig, noise: ImageNoise | None = None) -> sampling.DrawTokens:
+    def draw(self, config: SamplingConfig, noise: ImageNoise | None = None) -> sampling.Draw:
         """How this model draws a token: the inner chain of a teacher (needs ``noise``), one evaluation of a student, or
         a few (which need it too)."""
         head, clamp = self.network.head, self.tokenizer.token_range
         if self.student is None:
             assert noise is not None
             schedule = respace(self.schedule, config.head_steps)
-            return sampling.diffusion_chain(head, schedule, noise, config.solver, config.temperature, clamp, self.call)
+            return sampling.diffusion_chain(head, schedule, noise, config.solver, config.temperature, clamp)
         times = self.student.timesteps(config.evaluations)
         return sampling.few_evaluations(head, self.schedule, times, noise, config.temperature, clamp, self.call)
 
