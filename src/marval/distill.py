@@ -249,6 +249,9 @@ def distill(config: DistillConfig, teacher_folder: Path, out: Path, resume: bool
             del current  # a whole copy
         stop = bool(curve.best["stop"])
         save, look = stop or run.is_due(config.save_every, done), run.is_due(config.sample_every, done)
+        if save:
+            auxiliary_update.check()
+            student_update.check()
         if world.gathers and (save or look):
             current = averaged()
             if save:

@@ -304,6 +304,7 @@ class Update:
         self.parameters = list(module.parameters())
         self.config, self.world = config, world
         self.base_lr = [group["lr"] for group in optimizer.param_groups]
+        self.unchecked: tuple[int, Tensor, torch.cuda.Event | None] | None = None
         self.evaluate: nn.Module = _Evaluate(module)
         if world.size > 1 and not world.sharded:
             self.evaluate = DistributedDataParallel(self.evaluate, gradient_as_bucket_view=True)
@@ -321,9 +322,13 @@ class Update:
 
         Returns:
             What the function returned, the loss detached.
+
+        Raises:
+            FloatingPointError: as `check`, of the last update.
         """
         first = self.loss is None
         if first:
+            self.check()
             self.loss = torch.zeros((), device=self.world.device)
 
         def both_ways(*args: Any) -> tuple[Tensor, Rest]:
@@ -354,19 +359,26 @@ class Update:
     def step(self, step: int, lr_factor: float = 1.0) -> Tensor:
         """Step the optimizer in update ``step``, counted from 0; returns the gradient's norm before clipping.
 
+        With graphs nothing is waited for: a gradient that is not finite changes no weight, and the next `check` finds
+        it.
+
         Raises:
-            FloatingPointError: the loss or a gradient is not finite; names the step, the network and the tensor.
+            FloatingPointError: without graphs, as `check`.
         """
         assert self.loss is not None
-        gradients = {name: p.grad for name, p in self.module.named_parameters() if p.grad is not None}
-        norm = whole(nn.utils.get_total_norm(list(gradients.values())))
-        if self.world.means({"finite": torch.isfinite(norm + self.loss)})["finite"] < 1:  # all processes, or none
-            bad = [
-                f"gradient of {name}" for name, gradient in gradients.items() if not whole(gradient).isfinite().all()
-            ]
-            what = (bad or ["loss"])[0]
-            raise FloatingPointError(f"step {step + 1}: the {what} of the {self.name} is not finite")
-        nn.utils.clip_grads_with_norm_(self.parameters, self.config.clip_grad, norm)
+        norm = self.call((self.name, "norm"), self._norm)
+        good = torch.isfinite(norm + self.loss)
+        if self.call is plainly:
+            all_good = self.world.means({"good": good})["good"]  # all processes raise, or none
+            self.unchecked = step, torch.tensor(all_good), None
+            self.check()
+        else:
+            self.optimizer.found_inf = (~good).float()  # type: ignore[attr-defined] # read by fused optimizers
+            event = torch.cuda.Event() if good.is_cuda else None
+            self.unchecked = step, good.to("cpu", non_blocking=True), event
+            if event is not None:
+                event.record()
+        nn.utils.clip_grads_with_norm_(self.parameters, self.config.clip_grad, norm.nan_to_num(nan=math.inf))
         for group, lr in zip(self.optimizer.param_groups, self.base_lr, strict=True):
             group["lr"] = lr * lr_factor
         self.optimizer.step()
@@ -374,3 +386,23 @@ class Update:
             self.zero_grad()
         self.loss = None
         return norm
+
+    def _norm(self) -> Tensor:
+        return whole(nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None]))
+
+    def check(self) -> None:
+        """Raises FloatingPointError if loss or gradient of the last update were not finite; names the update, the
+        network and the tensor."""
+        if self.unchecked is None:
+            return
+        step, good, event = self.unchecked
+        self.unchecked = None
+        if event is not None:
+            event.synchronize()
+        if good < 1:
+            gradients = {name: p.grad for name, p in self.module.named_parameters() if p.grad is not None}
+            bad = [
+                f"gradient of {name}" for name, gradient in gradients.items() if not whole(gradient).isfinite().all()
+            ]
+            what = (bad or ["loss"])[0]
+            raise FloatingPointError(f"step {step + 1}: the {what} of the {self.name} is not finite")

@@ -173,6 +173,8 @@ def train(config: TrainConfig, out: Path, resume: bool = False) -> Pipeline:
             del current  # a whole copy
         stop = bool(curve.best["stop"])
         save, look = stop or run.is_due(config.save_every, done), run.is_due(config.sample_every, done)
+        if save:
+            update.check()
         if world.gathers and (save or look):
             current = averaged()
             if world.is_main and save:
