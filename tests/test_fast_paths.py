@@ -7,6 +7,7 @@ import itertools
 import shutil
 from collections.abc import Callable, Hashable
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,7 @@ from marval.models.cpu import OneDNNLinear, use_onednn
 from marval.models.mar import MAR, gather_tokens
 from marval.pipeline import Pipeline
 from marval.rng import ImageNoise, generator
-from marval.run import caller
+from marval.run import Update, caller
 from marval.sampling import Draw
 from marval.tokenizers import PixelTokenizer
 from marval.train import train
@@ -252,16 +253,20 @@ def test_attention_in_bf16_on_the_cpu():
         assert_close(a.float(), b, rtol=0.1, atol=0.05)
 
 
+def held_by(function: Any) -> list[Any]:
+    """What a function holds, and the functions that it holds."""
+    held = [cell.cell_contents for cell in function.__closure__ or ()] + list(function.__defaults__ or ())
+    inner = [x.evaluate if isinstance(x, Draw) else x for x in held]
+    return held + [x for one in inner if isinstance(one, FunctionType) for x in held_by(one)]
+
+
 def test_recorded_functions_read_no_tensor_but_their_inputs():
     """A graph would read a tensor of the closure at its old address when it has long been freed."""
     kinds = []
 
     def recording(kind: object, function: Any, *inputs: Tensor) -> Tensor:
         kinds.append(kind)
-        held = [cell.cell_contents for cell in function.__closure__ or ()]
-        for draw in [x for x in held if isinstance(x, Draw)]:
-            held += [cell.cell_contents for cell in getattr(draw.evaluate, "__closure__", None) or ()]
-        assert not [x for x in held if isinstance(x, Tensor)], kind
+        assert not [x for x in held_by(function) if isinstance(x, Tensor)], kind
         return function(*inputs)
 
     for student in (True, False):
@@ -344,6 +349,35 @@ def test_updates_rehearsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert all(torch.equal(rehearsed[name], plain[name]) for name in plain)
     kinds = [{kind if isinstance(kind, str) else kind[0] for kind, *_ in call.known} for call in calls]
     assert kinds == [{"teacher"}, {"context", "auxiliary", "student"}]
+
+
+def test_a_bad_update_from_graphs_changes_nothing():
+    """It is found one update later: until then, the weights must be as if it had not been."""
+    weights = {name: torch.nn.Parameter(torch.ones(3)) for name in ("a", "b")}
+    optimizer = torch.optim.Adam(weights.values(), 0.1, fused=True)
+    module = torch.nn.ParameterDict(weights)
+    update = Update("student", module, optimizer, TrainConfig(), World(0, 1, torch.device("cpu")), Rehearsed())
+
+    def loss(factor: Tensor) -> tuple[Tensor, Tensor]:
+        return module["a"].sum() + (factor * module["b"]).sum(), factor
+
+    def state() -> list[Tensor]:
+        moments = [x for values in optimizer.state_dict()["state"].values() for x in values.values()]
+        return [x.detach().clone() for x in (*weights.values(), *moments)]
+
+    update.backward(loss, torch.tensor(2.0))
+    update.step(0)
+    good = state()
+    for bad in ("nan", "inf"):
+        update.backward(loss, torch.tensor(float(bad)))
+        update.step(1)
+        assert all(map(torch.equal, state(), good))
+        with pytest.raises(FloatingPointError, match="step 2: the gradient of b of the student is not finite"):
+            update.backward(loss, torch.tensor(2.0)) if bad == "nan" else update.check()
+        update.loss = None
+    update.check()
+    with pytest.raises(AssertionError, match="found_inf"):
+        Update("student", module, torch.optim.SGD(weights.values(), 0.1), TrainConfig(), update.world, Rehearsed())
 
 
 def test_calls_that_may_share_a_graph():

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from marval.graphs import put
 from marval.images import SUFFIXES, LazyImages, center_crop, images_below, open_image, read_equal
 from marval.images import image_grid as image_grid  # these three are imported from here too
 from marval.images import read_images as read_images
@@ -308,7 +309,7 @@ def batch_tokens(
             raise ValueError(f"{data.source}, are latents: {remedy}")
         moments = data.moments(own, mirrored.cpu().numpy()).to(device)
     else:
-        images = to_float(torch.from_numpy(data.images[own]).to(device))
+        images = to_float(put(torch.from_numpy(data.images[own]), device))
         if shift:
             images = _translate(images, _offsets(count, shift, generator)[:, rows])
         images = torch.where(mirrored[:, None, None, None], images.flip(3), images)

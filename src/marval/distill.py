@@ -13,6 +13,7 @@ from marval.curve import Curve, folder
 from marval.data import ImageDataset, batch_indices, batch_tokens, load_data
 from marval.distributed import connect, template
 from marval.ema import EMA
+from marval.graphs import put
 from marval.latents import LatentDataset
 from marval.matching import (
     Context,
@@ -150,7 +151,7 @@ def distill(config: DistillConfig, teacher_folder: Path, out: Path, resume: bool
         index = batch_indices(len(data), config.batch, step, config.seed)
         g = rng.generator(config.seed, 7, step, device=world.device)
         own = batch_tokens(data, tokenizer, index, world.rows(config.batch), g, flip=config.flip)
-        return own, labels_of_data[index].to(world.device)
+        return own, put(labels_of_data[index], world.device)
 
     def draw_contexts(
         own_tokens: Tensor, labels: Tensor, g: torch.Generator, host: torch.Generator
@@ -189,6 +190,7 @@ def distill(config: DistillConfig, teacher_folder: Path, out: Path, resume: bool
 
     contexts, seen, widest = [], {}, 0.0
     batches = run.read_ahead(read, start, data, config.context_updates)
+    dues = config.log_every, config.eval_every, config.save_every, config.sample_every
     progress = run.progress(start)
     for step in progress:
         if curve.best["stop"]:  # a resumed run that had stopped
@@ -228,6 +230,9 @@ def distill(config: DistillConfig, teacher_folder: Path, out: Path, resume: bool
 
         # ---- log, evaluate, save, look
         done = step + 1
+        if any(run.is_due(every, done) for every in dues):
+            auxiliary_update.check()
+            student_update.check()
         if run.is_due(config.log_every, done):
             row = run.log(
                 done, **world.means(watched), student_grad_norm=student_norm, auxiliary_grad_norm=auxiliary_norm,
@@ -249,9 +254,6 @@ def distill(config: DistillConfig, teacher_folder: Path, out: Path, resume: bool
             del current  # a whole copy
         stop = bool(curve.best["stop"])
         save, look = stop or run.is_due(config.save_every, done), run.is_due(config.sample_every, done)
-        if save:
-            auxiliary_update.check()
-            student_update.check()
         if world.gathers and (save or look):
             current = averaged()
             if save:

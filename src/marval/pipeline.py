@@ -95,8 +95,8 @@ class Pipeline:
         (``refresh_every``).
 
         Args:
-            graphs: on CUDA, record each AR step, and the decoding, as a CUDA graph: at small batches the launches take
-                longer than the work. Weights may change in place, but not be replaced.
+            graphs: on CUDA, record each AR step, of a teacher in two parts, and the decoding, as CUDA graphs: at small
+                batches the launches take longer than the work. Weights may change in place, but not be replaced.
             compile: compile the blocks of transformer and head (torch.compile; needs a C++ compiler). On the CPU this
                 takes the place of oneDNN.
 

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from marval.graphs import put
+
 
 def generator(*keys: int, device: torch.device | str = "cpu") -> torch.Generator:
     """A generator determined by the keys (non-negative integers) and by nothing else."""
@@ -34,15 +36,8 @@ class ImageNoise:
 
     def randn(self, *shape: int) -> Tensor:
         """Standard normal (B, *shape)."""
-        return self._put([torch.randn(shape, generator=g) for g in self.generators])
+        return put(torch.stack([torch.randn(shape, generator=g) for g in self.generators]), self.device)
 
     def permutation(self, length: int) -> Tensor:
         """A random permutation for each image, (B, length)."""
-        return self._put([torch.randperm(length, generator=g) for g in self.generators])
-
-    def _put(self, rows: list[Tensor]) -> Tensor:
-        """Rows stacked on the device; a GPU is not waited for."""
-        stacked = torch.stack(rows)
-        if torch.device(self.device).type != "cuda":
-            return stacked.to(self.device)
-        return stacked.pin_memory().to(self.device, non_blocking=True)
+        return put(torch.stack([torch.randperm(length, generator=g) for g in self.generators]), self.device)

@@ -304,6 +304,7 @@ class Update:
         self.parameters = list(module.parameters())
         self.config, self.world = config, world
         self.base_lr = [group["lr"] for group in optimizer.param_groups]
+        assert call is plainly or optimizer.defaults.get("fused"), "others do not read found_inf"
         self.unchecked: tuple[int, Tensor, torch.cuda.Event | None] | None = None
         self.evaluate: nn.Module = _Evaluate(module)
         if world.size > 1 and not world.sharded:
@@ -378,7 +379,8 @@ class Update:
             self.unchecked = step, good.to("cpu", non_blocking=True), event
             if event is not None:
                 event.record()
-        nn.utils.clip_grads_with_norm_(self.parameters, self.config.clip_grad, norm.nan_to_num(nan=math.inf))
+        clipping = norm.nan_to_num(nan=math.inf)  # by NaN all would be NaN, and `check` could not tell which was
+        nn.utils.clip_grads_with_norm_(self.parameters, self.config.clip_grad, clipping)
         for group, lr in zip(self.optimizer.param_groups, self.base_lr, strict=True):
             group["lr"] = lr * lr_factor
         self.optimizer.step()

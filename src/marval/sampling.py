@@ -184,8 +184,8 @@ def unmask(
         w = linear_guidance(guidance, masked_after, length) if guidance_schedule == "linear" else guidance
 
         def step(
-            tokens: Tensor, orders: Tensor, z: Tensor, labels: Tensor, first: int, end: int, prepared: list[Tensor],
-            call: Call = plainly, k: int = k, w: float | Tensor = w,
+            tokens: Tensor, orders: Tensor, z: Tensor, labels: Tensor, first: int, end: int,
+            prepared: list[Tensor] | None, call: Call = plainly, k: int = k, w: float | Tensor = w,
         ) -> Tensor:  # fmt: skip
             """Tokens (B, n, D) at the positions orders[:, first:end]."""
             if cached is None:
@@ -194,16 +194,17 @@ def unmask(
                 both = cached.condition(tokens, orders, counts, k, labels).chunk(2 if doubled else 1)
             condition, null = (*both, None)[:2]
             z = gather_tokens(z, orders[:, first:end])
-            prepared = prepared or draw.prepare(z, w)  # not before: a sharded network must run as a whole first
+            if prepared is None:  # a sharded network must run as a whole before its head does
+                prepared = draw.prepare(z, w)
             return call(draw.kind, draw.evaluate, condition, null, z, *prepared).to(tokens.dtype)
 
         keep_grad = with_grad and (grad_ar_steps is None or k in grad_ar_steps)
         with torch.set_grad_enabled(keep_grad):
-            prepared = [] if call is plainly else draw.prepare(z[:, first:end], w)
+            prepared = None if call is plainly else draw.prepare(z[:, first:end], w)
             inputs = tokens, orders, z, both_labels, first, end, prepared
             if keep_grad and checkpoint_ar_steps:
                 new = checkpoint(step, *inputs, use_reentrant=False, preserve_rng_state=False)
-            elif draw.own_graph:
+            elif draw.own_graph or cached is not None:
                 new = step(*inputs, call)
             else:
                 new = call(("AR step", draw.kind, doubled), step, *inputs)

@@ -13,6 +13,7 @@ from marval.data import ImageDataset, batch_indices, batch_tokens, image_grid, l
 from marval.diffusion import Schedule, cosine_schedule, denoising_loss, q_sample
 from marval.distributed import connect, template
 from marval.ema import EMA
+from marval.graphs import put
 from marval.latents import LatentDataset
 from marval.models.mar import MAR
 from marval.pipeline import Pipeline
@@ -126,8 +127,9 @@ def train(config: TrainConfig, out: Path, resume: bool = False) -> Pipeline:
         index = batch_indices(len(data), config.batch, step, config.seed)
         g = rng.generator(config.seed, 7, step, device=world.device)
         own = batch_tokens(data, tokenizer, index, world.rows(config.batch), g, config.shift, config.flip)
-        return own, labels_of_data[index].to(world.device)
+        return own, put(labels_of_data[index], world.device)
 
+    dues = config.log_every, config.eval_every, config.save_every, config.sample_every
     progress = run.progress(start)
     for step, (own_tokens, labels) in zip(progress, run.read_ahead(read, start, data), strict=True):
         if curve.best["stop"]:  # a resumed run that had stopped
@@ -164,6 +166,8 @@ def train(config: TrainConfig, out: Path, resume: bool = False) -> Pipeline:
 
         # ---- log, evaluate, save, look
         done = step + 1
+        if any(run.is_due(every, done) for every in dues):
+            update.check()
         if run.is_due(config.log_every, done):
             progress.show(run.log(done, **world.means(watched), grad_norm=grad_norm, lr=config.lr * lr_factor))
         if run.is_due(config.eval_every, done):
@@ -173,8 +177,6 @@ def train(config: TrainConfig, out: Path, resume: bool = False) -> Pipeline:
             del current  # a whole copy
         stop = bool(curve.best["stop"])
         save, look = stop or run.is_due(config.save_every, done), run.is_due(config.sample_every, done)
-        if save:
-            update.check()
         if world.gathers and (save or look):
             current = averaged()
             if world.is_main and save:
