@@ -14,13 +14,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from marval.graphs import put
 from marval.images import SUFFIXES, LazyImages, center_crop, images_below, open_image, read_equal
 from marval.images import image_grid as image_grid  # these three are imported from here too
 from marval.images import read_images as read_images
 from marval.images import save_png as save_png
 from marval.latents import Classes, LatentDataset, Split, class_labels, holds_latents, load_latents
-from marval.rng import generator
+from marval.rng import generator, put
 from marval.tokenizers import PixelTokenizer, Tokenizer, to_float
 
 HOLD_OUT = 5

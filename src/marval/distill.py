@@ -13,7 +13,6 @@ from marval.curve import Curve, folder
 from marval.data import ImageDataset, batch_indices, batch_tokens, load_data
 from marval.distributed import connect, template
 from marval.ema import EMA
-from marval.graphs import put
 from marval.latents import LatentDataset
 from marval.matching import (
     Context,
@@ -151,7 +150,7 @@ def distill(config: DistillConfig, teacher_folder: Path, out: Path, resume: bool
         index = batch_indices(len(data), config.batch, step, config.seed)
         g = rng.generator(config.seed, 7, step, device=world.device)
         own = batch_tokens(data, tokenizer, index, world.rows(config.batch), g, flip=config.flip)
-        return own, put(labels_of_data[index], world.device)
+        return own, rng.put(labels_of_data[index], world.device)
 
     def draw_contexts(
         own_tokens: Tensor, labels: Tensor, g: torch.Generator, host: torch.Generator

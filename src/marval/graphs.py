@@ -16,13 +16,6 @@ WARM_UP = 2
 """Calls before the recording, in which libraries allocate their workspaces and compiled blocks are compiled."""
 
 
-def put(x: Tensor, device: torch.device | str) -> Tensor:
-    """A tensor of the CPU on the device; a GPU is not waited for."""
-    if torch.device(device).type != "cuda":
-        return x.to(device)
-    return x.pin_memory().to(device, non_blocking=True)
-
-
 class Call(Protocol):
     """How a function of tensors is called: at once (`plainly`), or from a recorded graph (`Graphs`)."""
 

@@ -9,8 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from marval.graphs import put
-
 
 def generator(*keys: int, device: torch.device | str = "cpu") -> torch.Generator:
     """A generator determined by the keys (non-negative integers) and by nothing else."""
@@ -21,6 +19,13 @@ def generator(*keys: int, device: torch.device | str = "cpu") -> torch.Generator
 def seed_dropout(*keys: int) -> None:
     """Seed PyTorch's global generators, which dropout reads, from the keys (seed, step, rank)."""
     torch.manual_seed(generator(*keys).initial_seed())
+
+
+def put(x: Tensor, device: torch.device | str) -> Tensor:
+    """A tensor of the CPU on the device; a GPU is not waited for."""
+    if torch.device(device).type != "cuda":
+        return x.to(device)
+    return x.pin_memory().to(device, non_blocking=True)
 
 
 class ImageNoise:

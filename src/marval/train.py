@@ -13,7 +13,6 @@ from marval.data import ImageDataset, batch_indices, batch_tokens, image_grid, l
 from marval.diffusion import Schedule, cosine_schedule, denoising_loss, q_sample
 from marval.distributed import connect, template
 from marval.ema import EMA
-from marval.graphs import put
 from marval.latents import LatentDataset
 from marval.models.mar import MAR
 from marval.pipeline import Pipeline
@@ -127,7 +126,7 @@ def train(config: TrainConfig, out: Path, resume: bool = False) -> Pipeline:
         index = batch_indices(len(data), config.batch, step, config.seed)
         g = rng.generator(config.seed, 7, step, device=world.device)
         own = batch_tokens(data, tokenizer, index, world.rows(config.batch), g, config.shift, config.flip)
-        return own, put(labels_of_data[index], world.device)
+        return own, rng.put(labels_of_data[index], world.device)
 
     dues = config.log_every, config.eval_every, config.save_every, config.sample_every
     progress = run.progress(start)
