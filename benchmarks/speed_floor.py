@@ -53,15 +53,20 @@ def device_of(result: dict[str, Any]) -> str:
     return result["machine"].get("gpu", "CPU")
 
 
+def column_of(result: dict[str, Any]) -> str:
+    """Which of the floors its rows are compared with: CPU, H200, or another device that the table has not."""
+    return "H200" if "H200" in device_of(result) else device_of(result)
+
+
 def over_floors(results: Path) -> dict[tuple[str, str, int, int, str], float]:
     """Measured time over the floor at the rate of the same run, by device, size, K, batch and role: our best."""
     found: dict[tuple[str, str, int, int, str], float] = {}
     rows = [
-        (device_of(result), result["settings"]["preset"], row, row["model"])
+        (column_of(result), result["settings"]["preset"], row, row["model"])
         for _, result in read(results, "against_reference") for row in result["rows"]
     ]  # fmt: skip
     rows += [
-        (device_of(result), row["size"], row, row["model"])
+        (column_of(result), row["size"], row, row["model"])
         for _, result in read(results, "gpu_suite")
         for row in result["stages"]
         if {"over_floor", "model"} <= set(row)
@@ -69,11 +74,13 @@ def over_floors(results: Path) -> dict[tuple[str, str, int, int, str], float]:
     for device, size, row, model in rows:
         role = model.split(",")[0]
         if role in ROLES and "full pass" not in model:  # a cached backbone does less than the floor counts
-            key = ("H200" if "H200" in device else device, size, row["ar_steps"], row["batch"], role)
+            key = (device, size, row["ar_steps"], row["batch"], role)
             found[key] = min(found.get(key, float("inf")), row["over_floor"])
     for _, result in read(results, "time_over_floor"):  # of a few AR steps, where no whole image was measured
         for row in result["rows"]:
-            found.setdefault(("CPU", row["size"], row["ar_steps"], row["batch"], row["model"]), row["over_floor"])
+            found.setdefault(
+                (column_of(result), row["size"], row["ar_steps"], row["batch"], row["model"]), row["over_floor"]
+            )
     return found
 
 
@@ -82,10 +89,12 @@ def sampled_steps(results: Path) -> str:
     found = read(results, "time_over_floor")
     if not found:
         return "single AR steps (`benchmarks/time_over_floor.py`), not measured yet"
-    name, result = found[0]
-    dates = sorted({row.get("date", result["date"]) for row in result["rows"]})
-    on = f"{result['machine']['cpu']}, {result['machine']['threads']} threads, {' and '.join(dates)}"
-    return f"single AR steps (`{result['command']}`; {on}, {link(name)})"
+    texts = []
+    for name, result in found:
+        dates = sorted({row.get("date", result["date"]) for row in result["rows"]})
+        on = result["machine"].get("gpu", f"{result['machine']['cpu']}, {result['machine']['threads']} threads")
+        texts.append(f"`{result['command']}`; {on}, {' and '.join(dates)}, {link(name)}")
+    return f"single AR steps ({'; '.join(texts)})"
 
 
 def operations() -> str:

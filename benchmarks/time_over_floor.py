@@ -2,15 +2,18 @@
 
     python benchmarks/time_over_floor.py benchmarks/results/time_over_floor.json
     python benchmarks/time_over_floor.py benchmarks/results/time_over_floor.json --sizes mar-b --batches 16
+    python benchmarks/time_over_floor.py benchmarks/results/time_over_floor_h200.json --batches 1,16,256 --device cuda
 
 A whole image of MAR-H at K = 256 takes a CPU half an hour, so AR steps are drawn alone, evenly spread over the K, from
 random tokens (time depends on neither tokens nor weights). Time over floor is the sum of their medians over the sum of
 their floors, at the rate of matrix products measured between them; an image would take that times its whole floor. Rows
-are kept as soon as they are there, and a row that is there is not measured again. Guidance 2.9 linear, 100 steps.
+are kept as soon as they are there, and a row that is there is not measured again. Guidance 2.9 linear, 100 steps. On a
+GPU in bf16, small batches from CUDA graphs, and the floor knows the bandwidth, too.
 """
 
 import argparse
 import itertools
+import math
 import statistics
 import sys
 import time
@@ -23,53 +26,63 @@ from against_reference import SIZES, pipelines, random_network
 from marval import masking
 from marval.bench import machine
 from marval.checkpoint import read_json, write_json
-from marval.floor import ar_step, floor_seconds, matmul_rate, sampling_loads
+from marval.floor import ar_step, bandwidth, floor_seconds, matmul_rate, sampling_loads, synchronise
 from marval.pipeline import Pipeline
 from marval.rng import ImageNoise
 from marval.run import versions
 from marval.sampling import last, unmask
 
-DEVICE = torch.device("cpu")
 AR_STEPS, HEAD_STEPS, GUIDANCE = (16, 64, 256), 100, 2.9
+GRAPHED = 16
+"""Largest batch that a GPU draws from CUDA graphs."""
 
 
 @torch.inference_mode()
 def one_ar_step(model: Pipeline, counts: list[int], batch: int, head_steps: int) -> float:
     """Seconds of the AR step from counts[0] hidden tokens to counts[1], at the full guidance."""
-    sizes, noise = model.network.config, ImageNoise(0, list(range(batch)), DEVICE)
+    sizes, noise = model.network.config, ImageNoise(0, list(range(batch)), model.device)
     z = noise.randn(sizes.num_tokens, sizes.token_dim)
-    orders, labels = noise.permutation(sizes.num_tokens), torch.arange(batch) % sizes.num_classes
+    orders, labels = noise.permutation(sizes.num_tokens), torch.arange(batch, device=model.device) % sizes.num_classes
     draw = model.draw(model.settings(ar_steps=1, head_steps=head_steps), noise)
+    synchronise(model.device)
     start = time.perf_counter()
     last(
         unmask(
             model.network, draw, labels, orders, counts, z, guidance=GUIDANCE, needs_null=model.student is None,
-            tokens=torch.ones_like(z),
+            tokens=torch.ones_like(z), call=model.call,
         )
     )  # fmt: skip
+    synchronise(model.device)
     return time.perf_counter() - start
 
 
 def measure(model: Pipeline, role: str, ar_steps: int, batch: int, steps: int, repeats: int) -> dict[str, Any]:
     """The row of a model, a number of AR steps and a batch size."""
-    sizes, teacher = model.network.config, role == "teacher"
+    sizes, device, teacher = model.network.config, model.device, role == "teacher"
+    on_gpu = device.type == "cuda"
+    dtype = torch.bfloat16 if on_gpu else torch.float32
     head_steps = HEAD_STEPS if teacher else 1
     counts = masking.masked_counts(sizes.num_tokens, min(ar_steps, sizes.num_tokens))
     chosen = sorted({int((i + 0.5) * (len(counts) - 1) / steps) for i in range(steps)})
     pairs = [counts[k : k + 2] for k in chosen]
-    one_ar_step(model, pairs[0], batch, 2)  # packs the weights
+    if on_gpu:  # records the graphs
+        for pair in pairs:
+            one_ar_step(model, pair, batch, head_steps)
+    else:  # packs the weights
+        one_ar_step(model, pairs[0], batch, 2)
     rates, seconds = [], []
     for _ in range(repeats):
-        rates.append(matmul_rate(DEVICE, torch.float32, 0.3))
+        rates.append(matmul_rate(device, dtype, 0.3))
         seconds.append([one_ar_step(model, pair, batch, head_steps) for pair in pairs])
-    rates.append(matmul_rate(DEVICE, torch.float32, 0.3))
-    rate = statistics.median(rates)
-    floor = floor_seconds([ar_step(sizes, *pair, batch, head_steps, teacher, 4) for pair in pairs], rate)["total"]
+    rates.append(matmul_rate(device, dtype, 0.3))
+    reached = statistics.median(rates), bandwidth(device, 0.3) if on_gpu else math.inf
+    steps_loads = [ar_step(sizes, *pair, batch, head_steps, teacher, dtype.itemsize) for pair in pairs]
+    floor = floor_seconds(steps_loads, *reached)["total"]
     ratio = sum(statistics.median(times) for times in zip(*seconds, strict=True)) / floor
-    loads = sampling_loads(sizes, ar_steps, batch, head_steps=head_steps, guided=teacher)
+    loads = sampling_loads(sizes, ar_steps, batch, head_steps=head_steps, guided=teacher, itemsize=dtype.itemsize)
     return {
         "ar_steps": ar_steps, "batch": batch, "model": role, "over_floor": ratio,
-        "seconds_per_image": ratio * floor_seconds(loads, rate)["total"] / batch, "measured_ar_steps": chosen,
+        "seconds_per_image": ratio * floor_seconds(loads, *reached)["total"] / batch, "measured_ar_steps": chosen,
         "repeats": repeats, "seconds": seconds, "rates": rates,
     }  # fmt: skip
 
@@ -82,24 +95,28 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--models", default="student,teacher")
     parser.add_argument("--steps", type=int, default=4, help="AR steps of a row")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--device", default="cpu", type=torch.device)
     args = parser.parse_args(words)
     result: dict[str, Any] = read_json(args.out) if args.out.exists() else {"benchmark": "time_over_floor", "rows": []}
     rows = result["rows"]
     there = {(row["size"], row["ar_steps"], row["batch"], row["model"]) for row in rows}
+    on_gpu = args.device.type == "cuda"
     for size in args.sizes.split(","):
-        models = pipelines(random_network(SIZES[size], DEVICE), GUIDANCE)
-        shapes = list(itertools.product(map(int, args.batches.split(",")), AR_STEPS))
-        for (batch, k), role in itertools.product(shapes, args.models.split(",")):
-            if (size, k, batch, role) in there or k > SIZES[size].num_tokens:
-                continue
-            row = measure(models[role], role, k, batch, args.steps, args.repeats)
-            rows.append({"size": size, **row, "date": time.strftime("%Y-%m-%d")})
-            result |= {
-                "command": f"python benchmarks/time_over_floor.py benchmarks/results/{args.out.name}",
-                "date": time.strftime("%Y-%m-%d"), "machine": machine(DEVICE), "versions": versions(DEVICE),
-            }  # fmt: skip
-            write_json(args.out, result)
-            print(f"{size}, K = {k}, batch {batch}, {role}: {row['over_floor']:.2f} times its floor", flush=True)
+        network = random_network(SIZES[size], args.device)
+        for batch in map(int, args.batches.split(",")):
+            models = pipelines(network, GUIDANCE, "bf16" if on_gpu else "float32", on_gpu and batch <= GRAPHED)
+            for k, role in itertools.product(AR_STEPS, args.models.split(",")):
+                if (size, k, batch, role) in there or k > SIZES[size].num_tokens:
+                    continue
+                row = measure(models[role], role, k, batch, args.steps, args.repeats)
+                rows.append({"size": size, **row, "date": time.strftime("%Y-%m-%d")})
+                command = f"python benchmarks/time_over_floor.py benchmarks/results/{args.out.name}"
+                result |= {
+                    "command": command + f" --device {args.device}" * on_gpu, "date": time.strftime("%Y-%m-%d"),
+                    "machine": machine(args.device), "versions": versions(args.device),
+                }  # fmt: skip
+                write_json(args.out, result)
+                print(f"{size}, K = {k}, batch {batch}, {role}: {row['over_floor']:.2f} times its floor", flush=True)
 
 
 if __name__ == "__main__":
