@@ -5,7 +5,7 @@
     python benchmarks/time_over_floor.py benchmarks/results/time_over_floor_h200.json --batches 1,16,256 --device cuda
 
 A whole image of MAR-H at K = 256 takes a CPU half an hour, so AR steps are drawn alone, evenly spread over the K, from
-random tokens (time depends on neither tokens nor weights). Time over floor is the sum of their medians over the sum of
+random tokens (time depends on neither tokens nor weights); on a GPU a few in a row. Time over floor is the sum of their medians over the sum of
 their floors, at the rate of matrix products measured between them; an image would take that times its whole floor. Rows
 are kept as soon as they are there, and a row that is there is not measured again. Guidance 2.9 linear, 100 steps. On a
 GPU in bf16, small batches from CUDA graphs, and the floor knows the bandwidth, too.
@@ -35,23 +35,28 @@ from marval.sampling import last, unmask
 AR_STEPS, HEAD_STEPS, GUIDANCE = (16, 64, 256), 100, 2.9
 GRAPHED = 16
 """Largest batch that a GPU draws from CUDA graphs."""
+WINDOWS = {"cpu": (0, 1), "cuda": (1, 4)}
+"""AR steps before the clock starts, and on it. A GPU draws one while the host prepares the next: alone, the first took
+MAR-B's student twice as long as one in the middle of an image."""
 
 
 @torch.inference_mode()
-def one_ar_step(model: Pipeline, counts: list[int], batch: int, head_steps: int) -> float:
-    """Seconds of the AR step from counts[0] hidden tokens to counts[1], at the full guidance."""
+def seconds_of(model: Pipeline, counts: list[int], batch: int, head_steps: int, before: int) -> float:
+    """Seconds of the AR steps from counts[before] hidden tokens to counts[-1], drawn after those from counts[0], at the
+    full guidance."""
     sizes, noise = model.network.config, ImageNoise(0, list(range(batch)), model.device)
     z = noise.randn(sizes.num_tokens, sizes.token_dim)
     orders, labels = noise.permutation(sizes.num_tokens), torch.arange(batch, device=model.device) % sizes.num_classes
     draw = model.draw(model.settings(ar_steps=1, head_steps=head_steps), noise)
+    steps = unmask(
+        model.network, draw, labels, orders, counts, z, guidance=GUIDANCE, needs_null=model.student is None,
+        tokens=torch.ones_like(z), call=model.call,
+    )  # fmt: skip
+    for _ in range(before):
+        next(steps)
     synchronise(model.device)
     start = time.perf_counter()
-    last(
-        unmask(
-            model.network, draw, labels, orders, counts, z, guidance=GUIDANCE, needs_null=model.student is None,
-            tokens=torch.ones_like(z), call=model.call,
-        )
-    )  # fmt: skip
+    last(steps)
     synchronise(model.device)
     return time.perf_counter() - start
 
@@ -63,22 +68,25 @@ def measure(model: Pipeline, role: str, ar_steps: int, batch: int, steps: int, r
     dtype = torch.bfloat16 if on_gpu else torch.float32
     head_steps = HEAD_STEPS if teacher else 1
     counts = masking.masked_counts(sizes.num_tokens, min(ar_steps, sizes.num_tokens))
-    chosen = sorted({int((i + 0.5) * (len(counts) - 1) / steps) for i in range(steps)})
-    pairs = [counts[k : k + 2] for k in chosen]
+    before, timed = WINDOWS[device.type]
+    most = len(counts) - before - timed
+    chosen = sorted({min(int((i + 0.5) * (len(counts) - 1) / steps), most) for i in range(steps)})
+    windows = [counts[k : k + before + timed + 1] for k in chosen]
     if on_gpu:  # records the graphs
-        for pair in pairs:
-            one_ar_step(model, pair, batch, head_steps)
+        for window in windows:
+            seconds_of(model, window, batch, head_steps, before)
     else:  # packs the weights
-        one_ar_step(model, pairs[0], batch, 2)
+        seconds_of(model, windows[0], batch, 2, before)
+    rate_seconds = 0.1 if on_gpu else 0.3
     rates, seconds = [], []
     for _ in range(repeats):
-        rates.append(matmul_rate(device, dtype, 0.3))
-        seconds.append([one_ar_step(model, pair, batch, head_steps) for pair in pairs])
-    rates.append(matmul_rate(device, dtype, 0.3))
-    reached = statistics.median(rates), bandwidth(device, 0.3) if on_gpu else math.inf
-    steps_loads = [ar_step(sizes, *pair, batch, head_steps, teacher, dtype.itemsize) for pair in pairs]
-    floor = floor_seconds(steps_loads, *reached)["total"]
-    ratio = sum(statistics.median(times) for times in zip(*seconds, strict=True)) / floor
+        rates.append(matmul_rate(device, dtype, rate_seconds))
+        seconds.append([seconds_of(model, window, batch, head_steps, before) for window in windows])
+    rates.append(matmul_rate(device, dtype, rate_seconds))
+    reached = statistics.median(rates), bandwidth(device, rate_seconds) if on_gpu else math.inf
+    pairs = [pair for window in windows for pair in itertools.pairwise(window[before:])]
+    floor = floor_seconds([ar_step(sizes, *p, batch, head_steps, teacher, dtype.itemsize) for p in pairs], *reached)
+    ratio = sum(statistics.median(times) for times in zip(*seconds, strict=True)) / floor["total"]
     loads = sampling_loads(sizes, ar_steps, batch, head_steps=head_steps, guided=teacher, itemsize=dtype.itemsize)
     return {
         "ar_steps": ar_steps, "batch": batch, "model": role, "over_floor": ratio,
@@ -93,7 +101,7 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--sizes", default="mar-b,mar-l,mar-h", help=", ".join(SIZES))
     parser.add_argument("--batches", default="1")
     parser.add_argument("--models", default="student,teacher")
-    parser.add_argument("--steps", type=int, default=4, help="AR steps of a row")
+    parser.add_argument("--steps", type=int, default=4, help="AR steps of a row; on a GPU, windows of several")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", default="cpu", type=torch.device)
     args = parser.parse_args(words)
