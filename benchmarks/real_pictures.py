@@ -175,7 +175,7 @@ class Study:
         plan = DistillConfig(student=start, ar_steps=sampling.ar_steps)
         self.digests = {role: weights_digest(model) for role, model in self.models.items()}
         self.models["untrained"] = make_student(self.models["teacher"], plan)
-        self.digests["untrained"] = self.digests["teacher"]
+        self.digests["untrained"] = f"{self.digests['teacher']} at {start.t_init}"
         for model in self.models.values():
             if precision == "bf16":
                 model.network.to_bf16()

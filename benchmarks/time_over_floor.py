@@ -5,10 +5,10 @@
     python benchmarks/time_over_floor.py benchmarks/results/time_over_floor_h200.json --batches 1,16,256 --device cuda
 
 A whole image of MAR-H at K = 256 takes a CPU half an hour, so AR steps are drawn alone, evenly spread over the K, from
-random tokens (time depends on neither tokens nor weights); on a GPU a few in a row. Time over floor is the sum of their medians over the sum of
+random tokens (time depends on neither tokens nor weights). Time over floor is the sum of their medians over the sum of
 their floors, at the rate of matrix products measured between them; an image would take that times its whole floor. Rows
 are kept as soon as they are there, and a row that is there is not measured again. Guidance 2.9 linear, 100 steps. On a
-GPU in bf16, small batches from CUDA graphs, and the floor knows the bandwidth, too.
+GPU: in bf16, a few AR steps in a row, small batches from CUDA graphs, and the floor knows the bandwidth, too.
 """
 
 import argparse
