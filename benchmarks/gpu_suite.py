@@ -46,9 +46,10 @@ from marval.matching import ScoreMatching, copy_head, copy_network, draw_noise, 
 from marval.models.mar import MAR
 from marval.pipeline import Pipeline
 from marval.rng import ImageNoise
-from marval.run import Update, autocast, versions
+from marval.run import versions
 from marval.sampling import few_evaluations, last, unmask
 from marval.train import adamw, draw_masks, teacher_loss
+from marval.update import Update, autocast
 
 GUIDANCE = 2.9
 COMPILING = 150

@@ -48,8 +48,9 @@ from marval.models.mar import MAR
 from marval.pipeline import Pipeline
 from marval.reward_costs import IMAGEREWARD
 from marval.rl import rl
-from marval.run import Run, autocast, versions
+from marval.run import Run, versions
 from marval.train import train
+from marval.update import autocast
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 TINY = MARConfig(grid=2, width=32, depth=1, heads=2, buffer_size=4, head_width=32, head_depth=1)

@@ -18,7 +18,7 @@ from marval.matching import ScoreMatching, copy_network, draw_noise, load_scores
 from marval.pipeline import Pipeline
 from marval.rewards import Reward, class_prompts
 from marval.rng import ImageNoise, generator
-from marval.run import autocast
+from marval.update import autocast
 
 
 def measured(update: Callable[[], None], repeats: int) -> dict[str, Any]:

@@ -51,8 +51,9 @@ from marval.pipeline import Pipeline
 from marval.reference import Reference, load_reference
 from marval.rewards import Reward, class_prompts, load_reward
 from marval.rng import generator
-from marval.run import autocast, versions
+from marval.run import versions
 from marval.tokenizers import to_float, to_uint8
+from marval.update import autocast
 
 BRISQUE = Path(__file__).resolve().parents[2] / "shared/data/weights"
 """Held out where it is, and where images have the 28 pixels a side that its statistics need."""

@@ -31,10 +31,10 @@ from marval.models.cpu import OneDNNLinear, use_onednn
 from marval.models.mar import MAR, gather_tokens
 from marval.pipeline import Pipeline
 from marval.rng import ImageNoise, generator
-from marval.run import Update, caller
 from marval.sampling import Draw
 from marval.tokenizers import PixelTokenizer
 from marval.train import train
+from marval.update import Update, caller
 
 L, COUNTS = 16, [16, 13, 8, 3, 0]
 

@@ -24,8 +24,8 @@ from marval.pipeline import Pipeline
 from marval.policy import gaussian_log_prob
 from marval.rewards import RewardError, UserReward
 from marval.rl import rl
-from marval.run import Update, autocast
 from marval.sampling import gather_tokens, last, unmask
+from marval.update import Update, autocast
 
 CODE = """
 def brightness(images, prompts):

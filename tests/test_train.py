@@ -17,8 +17,8 @@ from marval.data import save_png
 from marval.distributed import World
 from marval.ema import EMA
 from marval.pipeline import Pipeline
-from marval.run import Update, warmup_then_cosine
 from marval.train import train
+from marval.update import Update, warmup_then_cosine
 
 SHORT = TrainConfig(
     steps=3, batch=8, log_every=1, sample_every=0, warmup=2, model=tiny.MODEL, sampling=tiny.SAMPLING

@@ -12,8 +12,8 @@ from marval.config import RLConfig
 from marval.models.mar import MAR
 from marval.pipeline import Pipeline
 from marval.rewards import Reward, score
-from marval.run import Update, autocast
 from marval.sampling import gather_tokens, last, student_tokens, unmask
+from marval.update import Update, autocast
 
 
 @dataclass

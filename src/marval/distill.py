@@ -27,10 +27,11 @@ from marval.matching import (
 )
 from marval.models.autoencoders import autoencoder_digest
 from marval.pipeline import Pipeline
-from marval.run import Run, Update, add_weighted, autocast, caller, prepare, warmup_then_cosine
+from marval.run import Run
 from marval.sampling import few_evaluations, gather_tokens, last, unmask
 from marval.tokenizers import LatentTokenizer
 from marval.train import draw_masks, save_sample_grid
+from marval.update import Update, add_weighted, autocast, caller, prepare, warmup_then_cosine
 
 DIVERGED = 3.0
 """Standard deviation of the student's tokens, over that of the data or of its own first tokens, beyond which a run is

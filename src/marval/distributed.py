@@ -1,6 +1,6 @@
 """Many processes, started by ``torchrun``: who am I, my share of a batch, sharded networks, whole states.
 
-Each process holds everything (DistributedDataParallel averages the gradients, see `marval.run.Update`), or weights,
+Each process holds everything (DistributedDataParallel averages the gradients, see `marval.update.Update`), or weights,
 gradients, averages and optimizer states are split over the processes (FSDP2's ``fully_shard``, by one flag). What is
 saved is whole in both cases, so that a run goes on with any number of processes, sharded or not.
 """

@@ -15,7 +15,8 @@ from marval.checkpoint import write_atomically
 from marval.distributed import World, connect
 from marval.images import image_grid, save_png
 from marval.pipeline import Pipeline
-from marval.run import is_bf16, new_folder
+from marval.run import new_folder
+from marval.update import is_bf16
 
 
 def sample_in_turn(

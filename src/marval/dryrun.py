@@ -1,7 +1,7 @@
 """What a run would need, found without memory or data: parameters, memory per process, operations, time.
 
 The loops' own losses (`marval.train.teacher_loss`, `marval.matching.ScoreMatching`, `marval.sampling.unmask`) run
-forward and backward through `marval.run.Update` on the meta device, at the sizes of the run (`marval.costs`).
+forward and backward through `marval.update.Update` on the meta device, at the sizes of the run (`marval.costs`).
 """
 
 import dataclasses
@@ -53,9 +53,9 @@ from marval.models.lora import adapt
 from marval.models.mar import MAR
 from marval.reward_costs import scorers
 from marval.reward_files import listed
-from marval.run import Update, autocast, prepare
 from marval.sampling import diffusion_chain, few_evaluations, last, unmask
 from marval.train import teacher_loss
+from marval.update import Update, autocast, prepare
 
 Verb = Literal["train", "distill", "rl", "evaluate"]
 GIB = 2**30

@@ -45,10 +45,11 @@ from marval.reference import Reference, chunk_rows, gather_chunks, load_referenc
 from marval.reward_files import check_files, listed, parts_of
 from marval.rewards import BaseReward, UserReward, class_prompts, load_reward, score
 from marval.rng import generator
-from marval.run import autocast, is_bf16, new_folder, versions, writable_folder
+from marval.run import new_folder, versions, writable_folder
 from marval.shipped import model_folder
 from marval.tables import check_matplotlib, one_line, pair_table, paired, plot, result_table, sweep_table
 from marval.tokenizers import to_float, to_uint8
+from marval.update import autocast, is_bf16
 
 SPLITS, NEIGHBOURS = 10, 3
 """Of the Inception Score; of precision and recall."""

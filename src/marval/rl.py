@@ -45,9 +45,10 @@ from marval.rewards import (
     load_reward,
     warn,
 )
-from marval.run import Run, Update, add_weighted, autocast, prepare
+from marval.run import Run
 from marval.tokenizers import to_float
 from marval.train import save_sample_grid
+from marval.update import Update, add_weighted, autocast, prepare
 
 CALIBRATION = 200
 """Images on which the parts of a weighted sum get mean 0 and deviation 1, and a black box must not be constant."""

@@ -11,7 +11,6 @@ best/                            the best model, where quality is measured (marv
 import contextlib
 import hashlib
 import json
-import math
 import platform
 import sys
 import time
@@ -21,18 +20,14 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from marval import __version__
 from marval.checkpoint import load_state, read_json, save_state, write_json
-from marval.config import CurveConfig, RunConfig, filled, to_dict
+from marval.config import RunConfig, filled, to_dict
 from marval.data import ImageDataset, LazyImages, prefetch
-from marval.distributed import World, restore, whole, whole_state
-from marval.graphs import Call, Graphs, plainly
+from marval.distributed import World, restore, whole_state
 from marval.latents import LatentDataset
-from marval.models.cpu import use_onednn
-from marval.models.mar import MAR
 from marval.shipped import classifier_folder
 
 Rest = TypeVar("Rest")
@@ -229,182 +224,3 @@ class Progress:
     def show(self, values: dict[str, float]) -> None:
         """Losses to show beside the bar."""
         self.bar.set_postfix({name: f"{value:.3g}" for name, value in values.items()}, refresh=False)
-
-
-def is_bf16(precision: str, device: torch.device) -> bool:
-    """What ``auto`` means: bf16 on CUDA, float32 on the CPU."""
-    return precision == "bf16" or (precision == "auto" and device.type == "cuda")
-
-
-def autocast(config: RunConfig, device: torch.device) -> torch.autocast:
-    """The run's precision: bfloat16 matrix products, or nothing."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=is_bf16(config.precision, device))
-
-
-def prepare(network: MAR, config: RunConfig) -> None:
-    """Switch on a network, before it is sharded, what the run asks for: activation checkpointing, compiled blocks.
-
-    On the CPU, blocks that are not compiled multiply by oneDNN (`marval.models.cpu`).
-    """
-    network.activation_checkpointing = config.activation_checkpointing
-    if config.compile:
-        network.compile_blocks()
-    elif network.fake_latent.device.type == "cpu":
-        use_onednn(network)
-
-
-def caller(config: CurveConfig, world: World) -> Call:
-    """How an update's functions are called: plainly, or as the run asks for, from CUDA graphs.
-
-    Raises:
-        ValueError: graphs without CUDA, or on several processes.
-    """
-    if not config.graphs:
-        return plainly
-    if world.device.type != "cuda":
-        raise ValueError(f"graphs need a CUDA device, but this run is on {world.device}: leave --graphs out")
-    if world.size > 1:
-        raise ValueError(f"graphs are for one process, not for {world.size}: leave --graphs out")
-    return Graphs(world.device)
-
-
-def add_weighted(sums: dict[str, Tensor], weight: float, values: dict[str, Tensor]) -> None:
-    """Add weight times each value to the sum of its name."""
-    for name, value in values.items():
-        sums[name] = sums.get(name, torch.zeros_like(value.detach(), dtype=torch.float32)) + weight * value.detach()
-
-
-def warmup_then_cosine(step: int, steps: int, warmup: int, decay: bool) -> float:
-    """Factor of the learning rate: linear warm-up, then constant or cosine to zero at the last update."""
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))) if decay else 1.0
-
-
-class _Evaluate(nn.Module):
-    """Holds a network and evaluates any function of it, so that DistributedDataParallel sees the forward pass."""
-
-    def __init__(self, module: nn.Module):
-        super().__init__()
-        self.module = module
-
-    def forward(self, function: Callable[..., Any], *args: Any) -> Any:
-        return function(*args)
-
-
-class Update:
-    """One network's optimizer step from the gradients of its own parameters, averaged over the processes, checked and
-    clipped. A loss may pass through other networks: they are left without gradients."""
-
-    def __init__(
-        self, name: str, module: nn.Module, optimizer: torch.optim.Optimizer, config: RunConfig, world: World,
-        call: Call = plainly,
-    ):  # fmt: skip
-        self.name, self.module, self.optimizer, self.call = name, module, optimizer, call
-        self.parameters = list(module.parameters())
-        self.config, self.world = config, world
-        self.base_lr = [group["lr"] for group in optimizer.param_groups]
-        assert call is plainly or optimizer.defaults.get("fused"), "others do not read found_inf"
-        self.unchecked: tuple[int, Tensor, torch.cuda.Event | None] | None = None
-        self.evaluate: nn.Module = _Evaluate(module)
-        if world.size > 1 and not world.sharded:
-            self.evaluate = DistributedDataParallel(self.evaluate, gradient_as_bucket_view=True)
-        self.loss: Tensor | None = None
-
-    def backward(
-        self, function: Callable[..., tuple[Tensor, Rest]], *args: Any, weight: float = 1.0, last: bool = True
-    ) -> tuple[Tensor, Rest]:
-        """Call ``function(*args)``, which returns a loss and anything else, and add up weight times its gradient.
-
-        The function is called in the run's precision.
-
-        Args:
-            last: no other call follows before `step`: the processes exchange their sums.
-
-        Returns:
-            What the function returned, the loss detached.
-
-        Raises:
-            FloatingPointError: as `check`, of the last update.
-        """
-        first = self.loss is None
-        if first:
-            self.check()
-            self.loss = torch.zeros((), device=self.world.device)
-
-        def both_ways(*args: Any) -> tuple[Tensor, Rest]:
-            if first:  # sharded networks get gradients from the losses of others
-                self.zero_grad()
-            with autocast(self.config, self.world.device):
-                loss, rest = self.evaluate(function, *args)
-            (weight * loss).backward(inputs=None if self.world.sharded else self.parameters)
-            return loss.detach(), rest
-
-        distributed = isinstance(self.evaluate, DistributedDataParallel)
-        with contextlib.nullcontext() if last or not distributed else self.evaluate.no_sync():  # type: ignore[operator]
-            loss, rest = self.call((self.name, function, weight, first), both_ways, *args)
-        assert self.loss is not None
-        self.loss += weight * loss
-        return loss, rest
-
-    def zero_grad(self) -> None:
-        """No gradients; or zeros, where graphs know their addresses."""
-        if self.call is plainly:
-            self.optimizer.zero_grad()
-            return
-        for parameter in self.parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        self.optimizer.zero_grad(set_to_none=False)
-
-    def step(self, step: int, lr_factor: float = 1.0) -> Tensor:
-        """Step the optimizer in update ``step``, counted from 0; returns the gradient's norm before clipping.
-
-        With graphs nothing is waited for: a gradient that is not finite changes no weight, and the next `check` finds
-        it.
-
-        Raises:
-            FloatingPointError: without graphs, as `check`.
-        """
-        assert self.loss is not None
-        norm = self.call((self.name, "norm"), self._norm)
-        good = torch.isfinite(norm + self.loss)
-        if self.call is plainly:
-            all_good = self.world.means({"good": good})["good"]  # all processes raise, or none
-            self.unchecked = step, torch.tensor(all_good), None
-            self.check()
-        else:
-            self.optimizer.found_inf = (~good).float()  # type: ignore[attr-defined] # read by fused optimizers
-            event = torch.cuda.Event() if good.is_cuda else None
-            self.unchecked = step, good.to("cpu", non_blocking=True), event
-            if event is not None:
-                event.record()
-        clipping = norm.nan_to_num(nan=math.inf)  # by NaN all would be NaN, and `check` could not tell which was
-        nn.utils.clip_grads_with_norm_(self.parameters, self.config.clip_grad, clipping)
-        for group, lr in zip(self.optimizer.param_groups, self.base_lr, strict=True):
-            group["lr"] = lr * lr_factor
-        self.optimizer.step()
-        if self.call is plainly:
-            self.zero_grad()
-        self.loss = None
-        return norm
-
-    def _norm(self) -> Tensor:
-        return whole(nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None]))
-
-    def check(self) -> None:
-        """Raises FloatingPointError if loss or gradient of the last update were not finite; names the update, the
-        network and the tensor."""
-        if self.unchecked is None:
-            return
-        step, good, event = self.unchecked
-        self.unchecked = None
-        if event is not None:
-            event.synchronize()
-        if good < 1:
-            gradients = {name: p.grad for name, p in self.module.named_parameters() if p.grad is not None}
-            bad = [
-                f"gradient of {name}" for name, gradient in gradients.items() if not whole(gradient).isfinite().all()
-            ]
-            what = (bad or ["loss"])[0]
-            raise FloatingPointError(f"step {step + 1}: the {what} of the {self.name} is not finite")

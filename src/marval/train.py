@@ -16,9 +16,10 @@ from marval.ema import EMA
 from marval.latents import LatentDataset
 from marval.models.mar import MAR
 from marval.pipeline import Pipeline
-from marval.run import Run, Update, add_weighted, caller, prepare, warmup_then_cosine
+from marval.run import Run
 from marval.sampling import gather_tokens
 from marval.tokenizers import Tokenizer, load_tokenizer, recommended_head_width
+from marval.update import Update, add_weighted, caller, prepare, warmup_then_cosine
 
 
 def tokenizer_for(config: TrainConfig, data: ImageDataset | LatentDataset) -> Tokenizer:
