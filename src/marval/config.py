@@ -291,7 +291,8 @@ class GSIMConfig:
     """The GSIM objective (marval.gsim)."""
 
     lam: float = -0.4
-    """Weight lambda of the distance term L2; the paper's is 1, SiD's best alpha 1.0 .. 1.2 is 0 .. -0.4."""
+    """Weight lambda of the distance term L2; the paper's is 1, SiD's best alpha 1.0 .. 1.2 is 0 .. -0.4. The higher it
+    is, the narrower the student's draws: more precision, less recall (docs/results.md)."""
     distance: Literal["pseudo-huber", "squared"] = "pseudo-huber"
     """Distance between the two scores."""
     t_range: tuple[int, int] = (20, 950)

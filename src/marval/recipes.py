@@ -223,9 +223,10 @@ def cifar10_cpu_student() -> DistillConfig:
 def latents_aligned_on_cpu() -> RLConfig:
     """Their students after RL: `pictures_aligned_on_cpu`.
 
-    Held-out reward, judge and FID (judge's features, training split), 2026-11-25: emoji -0.455 -> -0.193, -0.541 ->
-    -0.303, 6.5 -> 5.1 in 3 minutes; CIFAR-10 (``--classifier resnet20*.th --judge resnet56*.th``) -2.41 -> -1.28, -2.78
-    -> -1.61, 5.7 -> 4.4 in 8 minutes, both on one CPU core beside other work, with ``--reference NAME.npz:train``.
+    Held-out reward, judge and FID (judge's features, training split): emoji (2026-11-27) -0.411 -> -0.171, -0.510 ->
+    -0.280, 6.3 -> 4.9 in 3 minutes; CIFAR-10 (2026-11-25, ``--classifier resnet20*.th --judge resnet56*.th``) -2.41 ->
+    -1.28, -2.78 -> -1.61, 5.7 -> 4.4 in 8 minutes, both on one CPU core beside other work, with ``--reference
+    NAME.npz:train``.
     """
     return dataclasses.replace(pictures_aligned_on_cpu(), ar_steps=8)
 
@@ -330,8 +331,8 @@ def emoji_cpu_student() -> DistillConfig:
     """One-step student of the `emoji-cpu` teacher: 45 minutes on one CPU core beside other work, with --compile
     (2026-11-27; the card of ``emoji/student``).
 
-    Lambda 0.5: with -0.4 its FID is 3 to 6 % higher than the teacher's, with 0.5 5 to 7 % lower, for 7 points of recall
-    (docs/LOG.md).
+    Lambda 0.5: its FID is 4 to 7 % lower than the teacher's and its recall 6 points; with -0.4 FID is 3 to 6 % higher
+    and recall 2 points (docs/LOG.md, 2026-11-27).
     """
     config = latents_student_on_cpu("data/emoji-latents", guidance=1.5)
     return dataclasses.replace(config, gsim=dataclasses.replace(config.gsim, lam=0.5))
