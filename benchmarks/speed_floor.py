@@ -94,7 +94,7 @@ def sampled_steps(results: Path) -> str:
         dates = sorted({row.get("date", result["date"]) for row in result["rows"]})
         on = result["machine"].get("gpu", f"{result['machine']['cpu']}, {result['machine']['threads']} threads")
         texts.append(f"`{result['command']}`; {on}, {' and '.join(dates)}, {link(name)}")
-    return f"single AR steps ({'; '.join(texts)})"
+    return f"single AR steps, on a GPU of a few in a row ({'; '.join(texts)})"
 
 
 def operations() -> str:

@@ -2,7 +2,7 @@
 
     python benchmarks/time_over_floor.py benchmarks/results/time_over_floor.json
     python benchmarks/time_over_floor.py benchmarks/results/time_over_floor.json --sizes mar-b --batches 16
-    python benchmarks/time_over_floor.py benchmarks/results/time_over_floor_h200.json --batches 1,16,256 --device cuda
+    python benchmarks/time_over_floor.py benchmarks/results/time_over_floor_h200.json --device cuda --batches 1,16,256
 
 A whole image of MAR-H at K = 256 takes a CPU half an hour, so AR steps are drawn alone, evenly spread over the K, from
 random tokens (time depends on neither tokens nor weights). Time over floor is the sum of their medians over the sum of
@@ -69,10 +69,11 @@ def measure(model: Pipeline, role: str, ar_steps: int, batch: int, steps: int, r
     head_steps = HEAD_STEPS if teacher else 1
     counts = masking.masked_counts(sizes.num_tokens, min(ar_steps, sizes.num_tokens))
     before, timed = WINDOWS[device.type]
-    most = len(counts) - before - timed
-    chosen = sorted({min(int((i + 0.5) * (len(counts) - 1) / steps), most) for i in range(steps)})
-    windows = [counts[k : k + before + timed + 1] for k in chosen]
-    if on_gpu:  # records the graphs
+    most = len(counts) - 1 - timed
+    middles = (int((i + 0.5) * (len(counts) - 1) / steps) for i in range(steps))
+    firsts = sorted({min(max(k - timed // 2, before), most) for k in middles})
+    windows = [counts[k - before : k + timed + 1] for k in firsts]
+    if on_gpu:  # records the graphs of small batches
         for window in windows:
             seconds_of(model, window, batch, head_steps, before)
     else:  # packs the weights
@@ -90,8 +91,9 @@ def measure(model: Pipeline, role: str, ar_steps: int, batch: int, steps: int, r
     loads = sampling_loads(sizes, ar_steps, batch, head_steps=head_steps, guided=teacher, itemsize=dtype.itemsize)
     return {
         "ar_steps": ar_steps, "batch": batch, "model": role, "over_floor": ratio,
-        "seconds_per_image": ratio * floor_seconds(loads, *reached)["total"] / batch, "measured_ar_steps": chosen,
-        "repeats": repeats, "seconds": seconds, "rates": rates,
+        "seconds_per_image": ratio * floor_seconds(loads, *reached)["total"] / batch, "repeats": repeats,
+        "measured_ar_steps": [step for k in firsts for step in range(k, k + timed)], "seconds": seconds, "rates": rates,
+        "bandwidth": reached[1] if on_gpu else None,
     }  # fmt: skip
 
 
@@ -107,6 +109,8 @@ def main(words: list[str] | None = None) -> None:
     args = parser.parse_args(words)
     result: dict[str, Any] = read_json(args.out) if args.out.exists() else {"benchmark": "time_over_floor", "rows": []}
     rows = result["rows"]
+    if rows and result["machine"].get("gpu") != machine(args.device).get("gpu"):
+        parser.error(f"{args.out} was measured on another device than {args.device}: choose another file")
     there = {(row["size"], row["ar_steps"], row["batch"], row["model"]) for row in rows}
     on_gpu = args.device.type == "cuda"
     for size in args.sizes.split(","):

@@ -281,8 +281,15 @@ def test_measurements_reach_the_tables(speed_floor, tmp_path):
     alone = {"size": "mar-l", "ar_steps": 256, "batch": 16, "model": "teacher", "over_floor": 1.56}
     whole = {"size": "mar-b", "ar_steps": 16, "batch": 1, "model": "student", "over_floor": 7.77}  # measured above
     (tmp_path / "steps.json").write_text(json.dumps({**steps, "command": "a command", "rows": [alone, whole]}))
+    on_gpu = {"machine": {"cpu": "another", "threads": 8, "gpu": "NVIDIA H200"}, "command": "gpu command"}
+    few = {**alone, "batch": 256, "model": "student", "over_floor": 1.87}
+    (tmp_path / "steps_gpu.json").write_text(json.dumps({**steps, **on_gpu, "rows": [few]}))
     text = speed_floor.tables(0.1e12, tmp_path)
     assert text.count("| 1.56 |") == 1
+    (line,) = (line for line in text.splitlines() if line.startswith("| mar-l | 256 | 256 |"))
+    assert line.endswith("| 1.87 |")
+    assert "(`a command`; a CPU, 2 threads, 2026-11-23" in text
+    assert "`gpu command`; NVIDIA H200, 2026-11-23" in text
     assert "7.77" not in text
     assert "float32 (the reference: float32, no autocast); a CPU" in text
     floors = [
@@ -303,7 +310,7 @@ def test_measurements_reach_the_tables(speed_floor, tmp_path):
         speed_floor.page("no markers", 1e12)
 
 
-def test_single_ar_steps_over_their_floor(tmp_path):
+def test_single_ar_steps_over_their_floor(tmp_path, capsys):
     script, out = tiny.benchmark("time_over_floor"), tmp_path / "rows.json"
     words = [str(out), "--sizes", "tiny", "--batches", "1,2", "--steps", "3", "--repeats", "1"]
     script.main(words)
@@ -315,6 +322,23 @@ def test_single_ar_steps_over_their_floor(tmp_path):
     assert all(row["over_floor"] > 1 and row["measured_ar_steps"] == [2, 8, 13] for row in rows)
     script.main(words)  # nothing is measured twice
     assert out.read_text() == first
+    out.write_text(first.replace('"machine": {', '"machine": {"gpu": "NVIDIA H200",', 1))
+    with pytest.raises(SystemExit):
+        script.main([*words, "--sizes", "tiny"])
+    assert "rows.json was measured on another device than cpu" in capsys.readouterr().err
+
+
+def test_several_ar_steps_in_a_row_over_their_floor(tmp_path, monkeypatch):
+    """As on a GPU, whose AR steps alone would wait for the host."""
+    script, out = tiny.benchmark("time_over_floor"), tmp_path / "rows.json"
+    monkeypatch.setitem(script.WINDOWS, "cpu", (1, 4))
+    drawn, unmask = [], script.unmask
+    monkeypatch.setattr(script, "unmask", lambda *args, **more: (drawn.append(args[4]), unmask(*args, **more))[1])
+    script.main([str(out), "--sizes", "tiny", "--models", "student", "--steps", "3", "--repeats", "1"])
+    (row,) = json.loads(out.read_text())["rows"]
+    assert row["measured_ar_steps"] == [1, 2, 3, 4, 6, 7, 8, 9, 11, 12, 13, 14]
+    assert all(len(counts) == 1 + 4 + 1 for counts in drawn)
+    assert row["over_floor"] > 1
 
 
 def test_training_by_pytorchs_operations_and_by_ours(tmp_path, speed_floor):

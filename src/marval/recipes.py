@@ -202,7 +202,7 @@ def cifar10_student() -> DistillConfig:
     """One-step student of the `cifar10` teacher, on one GPU: `pictures_student` at lower learning rates, t_init 600.
 
     120 seconds on an H200 with --graphs (2026-11-27; docs/results.md). At the learning rates of `pictures_student` it
-    diverged; t_init 755 has 5 to 8 % more FID (docs/LOG.md).
+    diverged; t_init 755 has 2 and 6 % more FID (classifier, judge; docs/LOG.md).
     """
     config = pictures_student("data/cifar10.npz", guidance=3.0, highest=4.0)
     student = dataclasses.replace(config.student, t_init=600)
@@ -223,7 +223,7 @@ def cifar10_cpu_student() -> DistillConfig:
 def latents_aligned_on_cpu() -> RLConfig:
     """Their students after RL: `pictures_aligned_on_cpu`.
 
-    Held-out reward, judge and FID (judge's features, training split): emoji (2026-11-27) -0.411 -> -0.171, -0.510 ->
+    Held-out reward, judge and FID (judge's features, training split, 500 images): emoji (2026-11-27) -0.411 -> -0.171, -0.510 ->
     -0.280, 6.3 -> 4.9 in 3 minutes; CIFAR-10 (2026-11-25, ``--classifier resnet20*.th --judge resnet56*.th``) -2.41 ->
     -1.28, -2.78 -> -1.61, 5.7 -> 4.4 in 8 minutes, both on one CPU core beside other work, with ``--reference
     NAME.npz:train``.
@@ -331,8 +331,8 @@ def emoji_cpu_student() -> DistillConfig:
     """One-step student of the `emoji-cpu` teacher: 45 minutes on one CPU core beside other work, with --compile
     (2026-11-27; the card of ``emoji/student``).
 
-    Lambda 0.5: its FID is 4 to 7 % lower than the teacher's and its recall 6 points; with -0.4 FID is 3 to 6 % higher
-    and recall 2 points (docs/LOG.md, 2026-11-27).
+    Lambda 0.5: its FID is 4 to 7 % lower than the teacher's and its recall 6 points; with -0.4 and 3,000
+    updates (more did not help) FID is 3 to 6 % higher and recall 2 points (docs/LOG.md, 2026-11-27).
     """
     config = latents_student_on_cpu("data/emoji-latents", guidance=1.5)
     return dataclasses.replace(config, gsim=dataclasses.replace(config.gsim, lam=0.5))

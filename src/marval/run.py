@@ -30,7 +30,6 @@ from marval.distributed import World, restore, whole_state
 from marval.latents import LatentDataset
 from marval.shipped import classifier_folder
 
-Rest = TypeVar("Rest")
 Read = TypeVar("Read")
 FREE = ("device", "shard", "accumulate", "activation_checkpointing", "compile", "graphs")
 """Settings that say how a run computes, not what: they may change on resume, as may the number of processes."""
