@@ -324,10 +324,9 @@ def plot(results: Mapping[str, Any], rows: Rows, count: str, path: Path) -> bool
             x, y, deviation, texts = zip(*found, strict=True)
             axes.errorbar(x, y, deviation, label=title, **{"linewidth": 1.3, "markersize": 6, "capsize": 2, **style})
             if title.startswith(("student", "teacher, DDPM")):
-                offset = (0, 8) if title.startswith("teacher") else (0, -15)
                 for place, text in zip(zip(x, y, strict=True), texts, strict=True):
                     axes.annotate(
-                        text, place, offset, textcoords="offset points", fontsize=8, ha="center", color=style["color"]
+                        text, place, (0, 8), textcoords="offset points", fontsize=8, ha="center", color=style["color"]
                     )
         floor = mean_of(rows.get("real-half", []), count, f"fid_{network}_test")
         if floor is not None:

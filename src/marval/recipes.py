@@ -223,10 +223,10 @@ def cifar10_cpu_student() -> DistillConfig:
 def latents_aligned_on_cpu() -> RLConfig:
     """Their students after RL: `pictures_aligned_on_cpu`.
 
-    Held-out reward, judge and FID (judge's features, training split, 500 images): emoji (2026-11-27) -0.411 -> -0.171, -0.510 ->
-    -0.280, 6.3 -> 4.9 in 3 minutes; CIFAR-10 (2026-11-25, ``--classifier resnet20*.th --judge resnet56*.th``) -2.41 ->
-    -1.28, -2.78 -> -1.61, 5.7 -> 4.4 in 8 minutes, both on one CPU core beside other work, with ``--reference
-    NAME.npz:train``.
+    Held-out reward, judge and FID (judge's features, training split, 500 images): emoji (2026-11-27) -0.411 -> -0.171,
+    -0.510 -> -0.280, 6.3 -> 4.9 in 3 minutes; CIFAR-10 (2026-11-25, ``--classifier resnet20*.th --judge
+    resnet56*.th``) -2.41 -> -1.28, -2.78 -> -1.61, 5.7 -> 4.4 in 8 minutes, both on one CPU core beside other work,
+    with ``--reference NAME.npz:train``.
     """
     return dataclasses.replace(pictures_aligned_on_cpu(), ar_steps=8)
 
