@@ -166,7 +166,7 @@ class Update:
             self.unchecked = step, good.to("cpu", non_blocking=True), event
             if event is not None:
                 event.record()
-        clipping = norm.nan_to_num(nan=math.inf)  # by NaN all would be NaN, and `check` could not tell which was
+        clipping = torch.where(good, norm, math.inf)  # by NaN all would be NaN, and `check` could not tell which was
         nn.utils.clip_grads_with_norm_(self.parameters, self.config.clip_grad, clipping)
         for group, lr in zip(self.optimizer.param_groups, self.base_lr, strict=True):
             group["lr"] = lr * lr_factor
