@@ -94,6 +94,8 @@ def test_every_setting_changes_the_run(tmp_path: Path):
         "rollout": {"rollout": 1.0},
         "contexts": {"context_updates": 2, "save_every": 2},
         "training": {"mask_ratios": "training"},
+        "tokens": {"mask_ratios": "tokens"},
+        "draws": {"equal_draws": True},
         "auxiliary": {"gsim": GSIMConfig(auxiliary_updates=2)},
         "lambda": {"gsim": GSIMConfig(lam=1.0)},
         "squared": {"gsim": GSIMConfig(distance="squared")},
@@ -106,7 +108,7 @@ def test_every_setting_changes_the_run(tmp_path: Path):
     }
     losses = {}
     for name, changes in variants.items():
-        distill(dataclasses.replace(SHORT, **changes), tiny.teacher(), tmp_path / name)
+        distill(dataclasses.replace(SHORT, ar_steps=8, **changes), tiny.teacher(), tmp_path / name)
         losses[name] = tuple(row["student_loss"] for row in tiny.metrics(tmp_path / name))
         assert np.isfinite(losses[name]).all()
     assert len(set(losses.values())) == len(variants), losses

@@ -1,5 +1,6 @@
 import itertools
 import math
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -71,6 +72,15 @@ def test_inference_masked_count(length, num_steps):
     drawn = [masking.inference_masked_count(length, num_steps, min(u, 1 - 2**-53)) for u in uniforms]
     assert set(drawn) == set(masking.masked_counts(length, num_steps)[:-1])
     assert drawn[1::3] == masking.masked_counts(length, num_steps)[:-1]
+
+
+@pytest.mark.parametrize(("length", "num_steps"), [(16, 1), (16, 6), (49, 16), (256, 64)])
+def test_token_masked_count(length, num_steps):
+    """Every AR step is as likely as the share of the tokens that it draws."""
+    counts = masking.masked_counts(length, num_steps)
+    uniforms = [(i + j) / length for i in range(length) for j in (0.001, 0.5, 0.999)]
+    drawn = Counter(masking.token_masked_count(length, num_steps, u) for u in uniforms)
+    assert drawn == {before: 3 * (before - after) for before, after in itertools.pairwise(counts)}
 
 
 @settings(deadline=None, max_examples=30)

@@ -175,7 +175,8 @@ def _labelled_files(root: Path, split: Split, classes: Classes) -> tuple[list[st
     """Image files of a split, their labels and the names of the classes."""
     if not root.is_dir():
         problem = "is a file" if root.exists() else "does not exist"
-        raise ValueError(f"data {str(root)!r} {problem}: give digits, or a folder with one sub-folder per class")
+        kinds = "digits, a folder with one sub-folder per class, an .npz, or a folder of latents from `marval encode`"
+        raise ValueError(f"data {str(root)!r} {problem}: give {kinds}")
     if (folders := split_folders(root)) is not None:
         files, test = map(class_files, folders)
         if odd := sorted(set(files) ^ set(test)):

@@ -163,6 +163,8 @@ def distill(config: DistillConfig, teacher_folder: Path, out: Path, resume: bool
         is_rollout, share = torch.rand(2, generator=host).tolist()
         if config.mask_ratios == "training" and is_rollout >= config.rollout:
             num_masked = masking.training_masked_count(length, share)
+        elif config.mask_ratios == "tokens":
+            num_masked = masking.token_masked_count(length, config.ar_steps, share)
         else:
             num_masked = masking.inference_masked_count(length, config.ar_steps, share)
         visible, masked = draw_masks(config.batch, length, num_masked, g)
@@ -173,6 +175,7 @@ def distill(config: DistillConfig, teacher_folder: Path, out: Path, resume: bool
             z = torch.randn(config.batch, length, tokenizer.token_dim, generator=g, device=world.device)
             shuffled = torch.rand(visible.shape, generator=g, device=world.device).argsort(1)
             orders = torch.cat([visible.gather(1, shuffled), masked], dim=1)
+        masked = masked.repeat(1, config.draws(num_masked, length))
         contexts, watched = [], {}
         for rows, own, weight in parts:
             tokens = own_tokens[own]

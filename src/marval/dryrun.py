@@ -166,6 +166,7 @@ def _distill(config: DistillConfig, model: MARConfig, share: _Share, decoder: De
     ratio = {
         "training": lambda u: masking.training_masked_count(model.num_tokens, u),
         "inference": lambda u: masking.inference_masked_count(model.num_tokens, config.ar_steps, u),
+        "tokens": lambda u: masking.token_masked_count(model.num_tokens, config.ar_steps, u),
     }[config.mask_ratios]
     cost = _over_masks(ratio, _matching_work(matching, updates, config, model, share))
     if config.context_updates > 1:
@@ -381,7 +382,9 @@ def _contexts(
     """Contexts of a process's parts, with so many masked tokens; or (``again``) only what a student that moves needs
     when it meets the same ones again."""
     tokens, visible, masked, labels = _inputs(model, share.part, num_masked)
-    w, condition = _zeros(share.part, 1), _zeros(share.part, num_masked, model.width)
+    if isinstance(config, DistillConfig):
+        masked = masked.repeat(1, config.draws(num_masked, model.num_tokens))
+    w, condition = _zeros(share.part, 1), _zeros(*masked.shape, model.width)
     with autocast(config, ALONE.device):
         if again:
             context = Context(tokens, visible, masked, labels, w, condition, condition, condition)
@@ -399,7 +402,7 @@ def _matching_work(
         contexts = _contexts(matching, config, model, share, num_masked)
         kinds = 2 + (contexts[0].student is not contexts[0].teacher)  # of conditions
         others = _zeros(kept - share.parts, *contexts[0].teacher.shape, kinds)  # contexts of the parts not tried
-        size = share.total, num_masked
+        size = share.total, contexts[0].masked.shape[1]
         z = _zeros(*size, matching.student_config.evaluations, model.token_dim)
         level, t = (_zeros(*size, dtype=torch.long) for _ in range(2))
         noise = Noise(z, level, t, _zeros(*size, model.token_dim)).of(slice(count))

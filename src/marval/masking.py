@@ -132,3 +132,10 @@ def training_masked_count(length: int, uniform: float, minimum: float = 0.7) -> 
 def inference_masked_count(length: int, ar_steps: int, uniform: float) -> int:
     """Number of masked tokens that a uniformly drawn one of the K AR steps of inference sees. ``uniform``: U[0, 1)."""
     return masked_counts(length, ar_steps)[int(uniform * ar_steps)]
+
+
+def token_masked_count(length: int, ar_steps: int, uniform: float) -> int:
+    """Number of masked tokens that the AR step sees which draws a token chosen uniformly: steps count by how many
+    tokens they draw. ``uniform``: U[0, 1)."""
+    left = length - int(uniform * length)  # masked tokens before this one, and itself
+    return min(count for count in masked_counts(length, ar_steps) if count >= left)
