@@ -84,7 +84,6 @@ def axes(base: DistillConfig) -> dict[str, dict[str, DistillConfig]]:
         "t_max": {f"{t}": gsim(t_range=(base.gsim.t_range[0], t)) for t in (700, 850, 950, 999)},
         "contexts": {name: run(rollout=share) for name, share in (("data", 0.0), ("half", 0.5), ("rollouts", 1.0))},
         "mask ratios": {name: run(mask_ratios=name) for name in ("inference", "training", "tokens")},
-        "equal draws": {name: run(equal_draws=value) for name, value in (("no", False), ("yes", True))},
         GUIDANCE: {f"input, {low:g} to {high:g}": base}
         | {f"w = {w:g} alone": student(guidance=w, guidance_range=None) for w in SCALES},
         UPDATES: {f"{n}": run(steps=n) for n in (base.steps // 4, base.steps // 2, base.steps, 2 * base.steps)},

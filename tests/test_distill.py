@@ -95,7 +95,6 @@ def test_every_setting_changes_the_run(tmp_path: Path):
         "contexts": {"context_updates": 2, "save_every": 2},
         "training": {"mask_ratios": "training"},
         "tokens": {"mask_ratios": "tokens"},
-        "draws": {"equal_draws": True},
         "auxiliary": {"gsim": GSIMConfig(auxiliary_updates=2)},
         "lambda": {"gsim": GSIMConfig(lam=1.0)},
         "squared": {"gsim": GSIMConfig(distance="squared")},

@@ -50,7 +50,7 @@ def test_each_variant_changes_one_setting_of_the_recipe(ablation, name):
         "lambda of L2": {"gsim.lam"}, "distance": {"gsim.distance"},
         "trained": {"trained", "auxiliary", "context_updates"}, "auxiliary updates": {"gsim.auxiliary_updates"},
         "t_init": {"student.t_init"}, "t_max": {"gsim.t_range"}, "contexts": {"rollout"},
-        "mask ratios": {"mask_ratios"}, "equal draws": {"equal_draws"}, "updates": {"steps"},
+        "mask ratios": {"mask_ratios"}, "updates": {"steps"},
         "guidance": {"student.guidance", "student.guidance_range"},
     }  # fmt: skip
     assert named.keys() == axes.keys()

@@ -175,7 +175,6 @@ def distill(config: DistillConfig, teacher_folder: Path, out: Path, resume: bool
             z = torch.randn(config.batch, length, tokenizer.token_dim, generator=g, device=world.device)
             shuffled = torch.rand(visible.shape, generator=g, device=world.device).argsort(1)
             orders = torch.cat([visible.gather(1, shuffled), masked], dim=1)
-        masked = masked.repeat(1, config.draws(num_masked, length))
         contexts, watched = [], {}
         for rows, own, weight in parts:
             tokens = own_tokens[own]

@@ -382,9 +382,7 @@ def _contexts(
     """Contexts of a process's parts, with so many masked tokens; or (``again``) only what a student that moves needs
     when it meets the same ones again."""
     tokens, visible, masked, labels = _inputs(model, share.part, num_masked)
-    if isinstance(config, DistillConfig):
-        masked = masked.repeat(1, config.draws(num_masked, model.num_tokens))
-    w, condition = _zeros(share.part, 1), _zeros(*masked.shape, model.width)
+    w, condition = _zeros(share.part, 1), _zeros(share.part, num_masked, model.width)
     with autocast(config, ALONE.device):
         if again:
             context = Context(tokens, visible, masked, labels, w, condition, condition, condition)
@@ -402,7 +400,7 @@ def _matching_work(
         contexts = _contexts(matching, config, model, share, num_masked)
         kinds = 2 + (contexts[0].student is not contexts[0].teacher)  # of conditions
         others = _zeros(kept - share.parts, *contexts[0].teacher.shape, kinds)  # contexts of the parts not tried
-        size = share.total, contexts[0].masked.shape[1]
+        size = share.total, num_masked
         z = _zeros(*size, matching.student_config.evaluations, model.token_dim)
         level, t = (_zeros(*size, dtype=torch.long) for _ in range(2))
         noise = Noise(z, level, t, _zeros(*size, model.token_dim)).of(slice(count))

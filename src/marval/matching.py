@@ -103,7 +103,7 @@ def averaged_network(network: MAR, ema: EMA[Any], blank: MAR) -> MAR:
 
 
 class Context(NamedTuple):
-    """B images with V visible and N masked tokens each, which may repeat, and the conditions (B, N, E) of those."""
+    """B images with V visible and N masked tokens each, and the conditions (B, N, E) of the masked ones."""
 
     tokens: Tensor
     visible: Tensor
