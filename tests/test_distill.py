@@ -113,6 +113,45 @@ def test_every_setting_changes_the_run(tmp_path: Path):
     assert len(set(losses.values())) == len(variants), losses
 
 
+@pytest.mark.parametrize(("trained", "auxiliary"), [("head", "head"), ("all", "head"), ("all", "network")])
+def test_going_on_from_a_student(trained: str, auxiliary: str, tmp_path: Path):
+    """At a learning rate of zero it stays what it was, to the bit, while its auxiliary learns on; without its scores
+    the auxiliary is the teacher's again."""
+    config = dataclasses.replace(SHORT, trained=trained, auxiliary=auxiliary, steps=40, gsim=GSIMConfig(lr=1e-3))
+    distill(config, tiny.teacher(), tmp_path / "first")
+    frozen = dataclasses.replace(config, steps=1, ema=0.0, gsim=GSIMConfig(lr=0.0))
+    distill(frozen, tiny.teacher(), tmp_path / "on", start_folder=tmp_path / "first")
+    first, on = (load_file(tmp_path / name / "model.safetensors") for name in ("first", "on"))
+    assert first.keys() == on.keys()
+    assert all(torch.equal(x, on[name]) for name, x in first.items())
+    (tmp_path / "first" / "scores.safetensors").unlink()
+    distill(frozen, tiny.teacher(), tmp_path / "bare", start_folder=tmp_path / "first")
+    known, bare = (tiny.metrics(tmp_path / name)[0]["auxiliary_loss"] for name in ("on", "bare"))
+    assert known != bare
+    for start in (tiny.student(), None):
+        with pytest.raises(ValueError, match="was started with start = "):
+            distill(frozen, tiny.teacher(), tmp_path / "on", resume=True, start_folder=start)
+
+
+def test_going_on_from_what_does_not_fit(tmp_path: Path):
+    for folder, changes, message in (
+        (tiny.teacher(), {}, "holds a teacher"),
+        (
+            tiny.student(),
+            {"student": StudentConfig(t_init=600)},
+            "has t_init 755, the run 600: give its own by --student.t-init",
+        ),
+        (tiny.student(), {"student": StudentConfig(guidance_range=(1.0, 3.0))}, "has guidance_range None"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            distill(dataclasses.replace(SHORT, **changes), tiny.teacher(), tmp_path / "run", start_folder=folder)
+    everything = tmp_path / "everything"
+    distill(dataclasses.replace(SHORT, trained="all"), tiny.teacher(), everything)
+    with pytest.raises(ValueError, match="backbone of its own: give --trained all"):
+        distill(SHORT, tiny.teacher(), tmp_path / "run", start_folder=everything)
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("trained", ["head", "all"])
 def test_updates_on_the_same_contexts(trained: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The data change with every second update, the noise with each; the first update is the same as alone."""

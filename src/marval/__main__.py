@@ -67,13 +67,14 @@ def distill_verb(args: list[str]) -> None:
     name, default, rest = recipe("distill", recipes.DISTILL, args)
 
     def distill(
-        *, teacher: Path | None = None, out: Path | None = None, resume: bool = False, dry_run: bool = False,
-        processes: int = 1, config: flat(default) = default,  # type: ignore[valid-type]
+        *, teacher: Path | None = None, start: Path | None = None, out: Path | None = None, resume: bool = False,
+        dry_run: bool = False, processes: int = 1, config: flat(default) = default,  # type: ignore[valid-type]
     ) -> None:  # fmt: skip
         """Distil a teacher's inner diffusion chain into one step (GSIM).
 
         Args:
             teacher: Folder of the teacher.
+            start: Folder of a student of this teacher to go on from.
             out: Folder of the run; the student in it can be loaded at any time.
             resume: Go on with the run in --out, exactly.
             dry_run: Do nothing but print parameters, memory, operations and time of the run.
@@ -86,7 +87,7 @@ def distill_verb(args: list[str]) -> None:
         from marval.shipped import model_folder
 
         teacher, out = model_folder(needed(teacher, "teacher")), needed(out, "out")
-        distill(config, teacher, out, resume)
+        distill(config, teacher, out, resume, start and model_folder(start))
         say(f"student in {out}")
 
     parse(distill, "distill RECIPE", rest)

@@ -21,11 +21,14 @@ from marval.matching import (
     copy_auxiliary,
     copy_network,
     draw_noise,
+    load_scores,
     own_part,
     shard_networks,
     with_part,
 )
 from marval.models.autoencoders import autoencoder_digest
+from marval.models.head import DiffusionHead
+from marval.models.mar import MAR
 from marval.pipeline import Pipeline
 from marval.run import Run
 from marval.sampling import few_evaluations, gather_tokens, last, unmask
@@ -46,6 +49,38 @@ def make_student(teacher: Pipeline, config: DistillConfig) -> Pipeline:
         teacher.sampling, ar_steps=config.ar_steps, guidance=config.student.guidance, guidance_schedule="constant"
     )
     return Pipeline(network, teacher.tokenizer, teacher.class_names, sampling, config.student)
+
+
+def go_on_from(folder: Path, model: Pipeline, teacher: Pipeline, config: DistillConfig) -> DiffusionHead | MAR | None:
+    """Give the fresh student ``model`` the weights of a trained one, and return its auxiliary, if the folder has one:
+    the head; a backbone of its own starts as the student's.
+
+    Raises:
+        ValueError: the folder holds no student that ``config`` makes of this teacher.
+    """
+    begun = Pipeline.load(folder, teacher.network.fake_latent.device)
+    if begun.student is None:
+        raise ValueError(f"--start {folder} holds a teacher: give a folder of `marval distill`")
+    for name in ("t_init", "evaluations", "guidance_range"):
+        its, wanted = getattr(begun.student, name), getattr(config.student, name)
+        if its != wanted:
+            flag = f"--student.{name.replace('_', '-')}"
+            raise ValueError(f"--start {folder} has {name} {its}, the run {wanted}: give its own by {flag}")
+    if begun.network.config != teacher.network.config:
+        raise ValueError(f"--start {folder} has other sizes than the teacher: give a student of this teacher")
+    state, own = begun.network.state_dict(), own_part(model.network, teacher.network)
+    if own is not model.network:
+        base = teacher.network.state_dict()
+        if any(not torch.equal(x, base[name]) for name, x in state.items() if not name.startswith("head.")):
+            raise ValueError(f"--start {folder} has a backbone of its own: give --trained all")
+    model.network.load_state_dict(state)
+    if not (folder / "scores.safetensors").exists():
+        return None
+    ranges, several = config.student.guidance_range is not None, config.student.evaluations
+    auxiliary = copy_auxiliary(begun.network, config.auxiliary, ranges, several)
+    head = auxiliary.head if isinstance(auxiliary, MAR) else auxiliary
+    head.load_state_dict({**head.state_dict(), **load_scores(folder, begun.network, ranges)[1].state_dict()})
+    return auxiliary
 
 
 def check_data(data: ImageDataset | LatentDataset, teacher: Pipeline) -> None:
@@ -76,8 +111,14 @@ def check_data(data: ImageDataset | LatentDataset, teacher: Pipeline) -> None:
         raise ValueError(f"{data.source} has {found}; the teacher takes {wanted}: give its own --data and --image-size")
 
 
-def distill(config: DistillConfig, teacher_folder: Path, out: Path, resume: bool = False) -> Pipeline:
+def distill(
+    config: DistillConfig, teacher_folder: Path, out: Path, resume: bool = False, start_folder: Path | None = None
+) -> Pipeline:
     """Run `marval distill`: returns the averaged student, which is also saved in ``out``.
+
+    Args:
+        start_folder: a student of the same teacher to go on from, in place of the teacher's own weights. Without its
+            scores.safetensors the auxiliary starts as the teacher; a short run at ``gsim.lr`` 0 lets it catch up.
 
     Raises:
         FloatingPointError: the student has diverged, or a loss or gradient is not finite; names the update.
@@ -97,6 +138,8 @@ def distill(config: DistillConfig, teacher_folder: Path, out: Path, resume: bool
     auxiliary = copy_auxiliary(
         teacher.network, config.auxiliary, config.student.guidance_range is not None, config.student.evaluations
     )
+    if start_folder:
+        auxiliary = go_on_from(start_folder, model, teacher, config) or auxiliary
     blank = template(model.network)
     for network in (teacher.network, model.network, with_part(model.network, auxiliary)):
         prepare(network, config)
@@ -110,7 +153,8 @@ def distill(config: DistillConfig, teacher_folder: Path, out: Path, resume: bool
     student_update = Update("student", student_part, student_optimizer, config, world, call)
     auxiliary_update = Update("auxiliary", auxiliary, auxiliary_optimizer, config, world, call)
     ema = EMA(student_part, config.ema, blank.head if config.trained == "head" else blank)
-    run = Run(out, "distill", config, resume, world, {"teacher": teacher_folder})
+    inputs = {"teacher": teacher_folder} | ({"start": start_folder} if start_folder else {})
+    run = Run(out, "distill", config, resume, world, inputs)
     start = run.restore(
         {
             "student": student_part, "auxiliary": auxiliary, "ema": ema,
