@@ -1,6 +1,7 @@
 """Distillation: it improves the student, each setting does what it says, and its folder is complete."""
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -115,19 +116,25 @@ def test_every_setting_changes_the_run(tmp_path: Path):
 
 @pytest.mark.parametrize(("trained", "auxiliary"), [("head", "head"), ("all", "head"), ("all", "network")])
 def test_going_on_from_a_student(trained: str, auxiliary: str, tmp_path: Path):
-    """At a learning rate of zero it stays what it was, to the bit, while its auxiliary learns on; without its scores
+    """At a learning rate of zero it stays what it was, to the bit, and so does its auxiliary; without its scores
     the auxiliary is the teacher's again."""
     config = dataclasses.replace(SHORT, trained=trained, auxiliary=auxiliary, steps=40, gsim=GSIMConfig(lr=1e-3))
     distill(config, tiny.teacher(), tmp_path / "first")
-    frozen = dataclasses.replace(config, steps=1, ema=0.0, gsim=GSIMConfig(lr=0.0))
+    frozen = dataclasses.replace(config, steps=1, ema=0.0, gsim=GSIMConfig(lr=0.0, auxiliary_lr=1e-12))
     distill(frozen, tiny.teacher(), tmp_path / "on", start_folder=tmp_path / "first")
-    first, on = (load_file(tmp_path / name / "model.safetensors") for name in ("first", "on"))
+    (tmp_path / "bare").mkdir()
+    for file in ("config.json", "model.safetensors"):
+        shutil.copy(tmp_path / "first" / file, tmp_path / "bare")
+    distill(frozen, tiny.teacher(), tmp_path / "on-bare", start_folder=tmp_path / "bare")
+    first, on, bare = (load_file(tmp_path / name / "model.safetensors") for name in ("first", "on", "on-bare"))
     assert first.keys() == on.keys()
-    assert all(torch.equal(x, on[name]) for name, x in first.items())
-    (tmp_path / "first" / "scores.safetensors").unlink()
-    distill(frozen, tiny.teacher(), tmp_path / "bare", start_folder=tmp_path / "first")
-    known, bare = (tiny.metrics(tmp_path / name)[0]["auxiliary_loss"] for name in ("on", "bare"))
-    assert known != bare
+    assert all(torch.equal(x, on[name]) and torch.equal(x, bare[name]) for name, x in first.items())
+    first, on, bare = (load_file(tmp_path / name / "scores.safetensors") for name in ("first", "on", "on-bare"))
+    weight = "auxiliary.head.input_proj.weight"
+    assert all(torch.allclose(x, on[name], atol=1e-9) for name, x in first.items())
+    assert torch.allclose(bare[weight], bare["teacher.head.input_proj.weight"], atol=1e-9)
+    assert not torch.allclose(bare[weight], first[weight], atol=1e-4)
+    distill(frozen, tiny.teacher(), tmp_path / "on", resume=True, start_folder=tmp_path / "first")
     for start in (tiny.student(), None):
         with pytest.raises(ValueError, match="was started with start = "):
             distill(frozen, tiny.teacher(), tmp_path / "on", resume=True, start_folder=start)
@@ -139,15 +146,21 @@ def test_going_on_from_what_does_not_fit(tmp_path: Path):
         (
             tiny.student(),
             {"student": StudentConfig(t_init=600)},
-            "has t_init 755, the run 600: give its own by --student.t-init",
+            "has t_init 755, the run 600: give its own, --student.t-init 755",
         ),
         (tiny.student(), {"student": StudentConfig(guidance_range=(1.0, 3.0))}, "has guidance_range None"),
     ):
         with pytest.raises(ValueError, match=message):
             distill(dataclasses.replace(SHORT, **changes), tiny.teacher(), tmp_path / "run", start_folder=folder)
-    everything = tmp_path / "everything"
+    everything, other = tmp_path / "everything", tmp_path / "teacher"
+    moved = Pipeline.load(tiny.teacher())
+    with torch.no_grad():
+        moved.network.class_emb.weight.add_(1e-3)
+    moved.save(other)
     distill(dataclasses.replace(SHORT, trained="all"), tiny.teacher(), everything)
-    with pytest.raises(ValueError, match="backbone of its own: give --trained all"):
+    with pytest.raises(ValueError, match="student of another teacher"):
+        distill(dataclasses.replace(SHORT, trained="all"), other, tmp_path / "run", start_folder=everything)
+    with pytest.raises(ValueError, match="backbone of its own, or one in half precision: give --trained all"):
         distill(SHORT, tiny.teacher(), tmp_path / "run", start_folder=everything)
     assert not (tmp_path / "run").exists()
 

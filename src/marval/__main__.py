@@ -74,7 +74,8 @@ def distill_verb(args: list[str]) -> None:
 
         Args:
             teacher: Folder of the teacher.
-            start: Folder of a student of this teacher to go on from.
+            start: Folder of a student of this teacher to go on from. Without scores.safetensors, which exported ones
+                lack, its auxiliary starts as the teacher: let it catch up first, in a short run with --gsim.lr 0.
             out: Folder of the run; the student in it can be loaded at any time.
             resume: Go on with the run in --out, exactly.
             dry_run: Do nothing but print parameters, memory, operations and time of the run.

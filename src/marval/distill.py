@@ -21,8 +21,8 @@ from marval.matching import (
     copy_auxiliary,
     copy_network,
     draw_noise,
-    load_scores,
     own_part,
+    read_scores,
     shard_networks,
     with_part,
 )
@@ -53,33 +53,39 @@ def make_student(teacher: Pipeline, config: DistillConfig) -> Pipeline:
 
 def go_on_from(folder: Path, model: Pipeline, teacher: Pipeline, config: DistillConfig) -> DiffusionHead | MAR | None:
     """Give the fresh student ``model`` the weights of a trained one, and return its auxiliary, if the folder has one:
-    the head; a backbone of its own starts as the student's.
+    the head, which of several evaluations knows the first; a backbone of its own starts as the student's.
 
     Raises:
-        ValueError: the folder holds no student that ``config`` makes of this teacher.
+        ValueError: the folder holds no student of this kind, or that of another teacher, as far as its scores tell.
     """
-    begun = Pipeline.load(folder, teacher.network.fake_latent.device)
+    begun = Pipeline.load(folder)
     if begun.student is None:
         raise ValueError(f"--start {folder} holds a teacher: give a folder of `marval distill`")
     for name in ("t_init", "evaluations", "guidance_range"):
         its, wanted = getattr(begun.student, name), getattr(config.student, name)
         if its != wanted:
-            flag = f"--student.{name.replace('_', '-')}"
-            raise ValueError(f"--start {folder} has {name} {its}, the run {wanted}: give its own by {flag}")
-    if begun.network.config != teacher.network.config:
-        raise ValueError(f"--start {folder} has other sizes than the teacher: give a student of this teacher")
-    state, own = begun.network.state_dict(), own_part(model.network, teacher.network)
-    if own is not model.network:
-        base = teacher.network.state_dict()
-        if any(not torch.equal(x, base[name]) for name, x in state.items() if not name.startswith("head.")):
-            raise ValueError(f"--start {folder} has a backbone of its own: give --trained all")
+            value = " ".join(map(str, its)) if isinstance(its, tuple) else its
+            remedy = f"give its own, --student.{name.replace('_', '-')} {value}"
+            raise ValueError(f"--start {folder} has {name} {its}, the run {wanted}: {remedy}")
+    base, state = teacher.network.state_dict(), begun.network.state_dict()
+    if begun.network.config != teacher.network.config or begun.class_names != teacher.class_names:
+        raise ValueError(
+            f"--start {folder} has other sizes or classes than the teacher: give a student of this teacher"
+        )
+    own = [name for name, x in state.items() if not name.startswith("head.") and not torch.equal(x, base[name].cpu())]
+    if own and config.trained == "head":
+        what = "a backbone of its own, or one in half precision"
+        raise ValueError(f"--start {folder} has {what}: give --trained all")
     model.network.load_state_dict(state)
     if not (folder / "scores.safetensors").exists():
         return None
+    scores = read_scores(folder)
+    if any(not torch.equal(x, base[name].cpu()) for name, x in scores["teacher"].items()):
+        raise ValueError(f"--start {folder} is a student of another teacher: give its own by --teacher")
     ranges, several = config.student.guidance_range is not None, config.student.evaluations
-    auxiliary = copy_auxiliary(begun.network, config.auxiliary, ranges, several)
+    auxiliary = copy_auxiliary(model.network, config.auxiliary, ranges, several)
     head = auxiliary.head if isinstance(auxiliary, MAR) else auxiliary
-    head.load_state_dict({**head.state_dict(), **load_scores(folder, begun.network, ranges)[1].state_dict()})
+    head.load_state_dict({**head.state_dict(), **scores["auxiliary"]})
     return auxiliary
 
 
@@ -135,11 +141,9 @@ def distill(
     model.settings()
     curve = Curve(config, model, data, world)
     tokenizer, length, num_classes = model.tokenizer, model.network.config.num_tokens, len(model.class_names)
-    auxiliary = copy_auxiliary(
-        teacher.network, config.auxiliary, config.student.guidance_range is not None, config.student.evaluations
-    )
-    if start_folder:
-        auxiliary = go_on_from(start_folder, model, teacher, config) or auxiliary
+    ranges, several = config.student.guidance_range is not None, config.student.evaluations
+    auxiliary = go_on_from(start_folder, model, teacher, config) if start_folder else None
+    auxiliary = auxiliary or copy_auxiliary(teacher.network, config.auxiliary, ranges, several)
     blank = template(model.network)
     for network in (teacher.network, model.network, with_part(model.network, auxiliary)):
         prepare(network, config)

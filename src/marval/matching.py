@@ -270,26 +270,36 @@ def load_scores(folder: Path, student: MAR, guidance_input: bool) -> tuple[MAR, 
     Raises:
         ValueError: the folder has no whole scores.safetensors, or it belongs to another model.
     """
-    file = folder / "scores.safetensors"
-    if not file.exists():
-        raise ValueError(f"{file} does not exist: only a folder of `marval distill` or `marval rl` has it")
-    tensors, device = load_tensors(file), student.fake_latent.device
-
-    def named(prefix: str) -> dict[str, Tensor]:
-        return {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
-
+    file, tensors = folder / "scores.safetensors", read_scores(folder)
+    named, device = tensors["teacher"], student.fake_latent.device
     auxiliary = new_head(student, guidance_input)
-    load_strictly(auxiliary, named(AUXILIARY), f"{file} (auxiliary)")
-    if all(name.startswith("head.") for name in named("teacher.")):
+    load_strictly(auxiliary, tensors["auxiliary"], f"{file} (auxiliary)")
+    if all(name.startswith("head.") for name in named):
         head = new_head(student, False)
-        load_strictly(head, named("teacher.head."), f"{file} (teacher)")
+        load_strictly(head, {name.removeprefix("head."): x for name, x in named.items()}, f"{file} (teacher)")
         teacher = with_head(student, head)
     else:
         teacher = MAR(student.config)
-        load_strictly(teacher, named("teacher."), f"{file} (teacher)")
+        load_strictly(teacher, named, f"{file} (teacher)")
     teacher.eval().to(device)
     own_part(teacher, student).requires_grad_(False)
     return teacher, auxiliary.eval().to(device)
+
+
+def read_scores(folder: Path) -> dict[str, dict[str, Tensor]]:
+    """Tensors of scores.safetensors: of the ``teacher``, and of the head of the ``auxiliary``.
+
+    Raises:
+        ValueError: the folder has no such file.
+    """
+    file = folder / "scores.safetensors"
+    if not file.exists():
+        raise ValueError(f"{file} does not exist: only a folder of `marval distill` or `marval rl` has it")
+    tensors = load_tensors(file)
+    return {
+        part: {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
+        for part, prefix in (("teacher", "teacher."), ("auxiliary", AUXILIARY))
+    }
 
 
 def draw_noise(
