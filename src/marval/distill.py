@@ -72,8 +72,8 @@ def go_on_from(folder: Path, model: Pipeline, teacher: Pipeline, config: Distill
         raise ValueError(
             f"--start {folder} has other sizes or classes than the teacher: give a student of this teacher"
         )
-    own = [name for name, x in state.items() if not name.startswith("head.") and not torch.equal(x, base[name].cpu())]
-    if own and config.trained == "head":
+    backbone = [name for name in state if not name.startswith("head.")]
+    if config.trained == "head" and not all(torch.equal(state[name], base[name].cpu()) for name in backbone):
         what = "a backbone of its own, or one in half precision"
         raise ValueError(f"--start {folder} has {what}: give --trained all")
     model.network.load_state_dict(state)
