@@ -51,9 +51,11 @@ def make_student(teacher: Pipeline, config: DistillConfig) -> Pipeline:
     return Pipeline(network, teacher.tokenizer, teacher.class_names, sampling, config.student)
 
 
-def go_on_from(folder: Path, model: Pipeline, teacher: Pipeline, config: DistillConfig) -> DiffusionHead | MAR | None:
-    """Give the fresh student ``model`` the weights of a trained one, and return its auxiliary, if the folder has one:
-    the head, which of several evaluations knows the first; a backbone of its own starts as the student's.
+def go_on_from(
+    folder: Path, model: Pipeline, auxiliary: DiffusionHead | MAR, teacher: Pipeline, config: DistillConfig
+) -> None:
+    """Give the fresh student ``model`` the weights of a trained one, and the auxiliary its own, if the folder has them:
+    those of the head, which of several evaluations knows the first; a backbone of its own starts as the student's.
 
     Raises:
         ValueError: the folder holds no student of this kind, or that of another teacher, as far as its scores tell.
@@ -78,15 +80,15 @@ def go_on_from(folder: Path, model: Pipeline, teacher: Pipeline, config: Distill
         raise ValueError(f"--start {folder} has {what}: give --trained all")
     model.network.load_state_dict(state)
     if not (folder / "scores.safetensors").exists():
-        return None
+        return
     scores = read_scores(folder)
     if any(not torch.equal(x, base[name].cpu()) for name, x in scores["teacher"].items()):
         raise ValueError(f"--start {folder} is a student of another teacher: give its own by --teacher")
-    ranges, several = config.student.guidance_range is not None, config.student.evaluations
-    auxiliary = copy_auxiliary(model.network, config.auxiliary, ranges, several)
-    head = auxiliary.head if isinstance(auxiliary, MAR) else auxiliary
-    head.load_state_dict({**head.state_dict(), **scores["auxiliary"]})
-    return auxiliary
+    head = auxiliary
+    if isinstance(auxiliary, MAR):
+        auxiliary.load_state_dict(auxiliary.state_dict() | {name: state[name] for name in backbone})
+        head = auxiliary.head
+    head.load_state_dict(head.state_dict() | scores["auxiliary"])
 
 
 def check_data(data: ImageDataset | LatentDataset, teacher: Pipeline) -> None:
@@ -142,8 +144,9 @@ def distill(
     curve = Curve(config, model, data, world)
     tokenizer, length, num_classes = model.tokenizer, model.network.config.num_tokens, len(model.class_names)
     ranges, several = config.student.guidance_range is not None, config.student.evaluations
-    auxiliary = go_on_from(start_folder, model, teacher, config) if start_folder else None
-    auxiliary = auxiliary or copy_auxiliary(teacher.network, config.auxiliary, ranges, several)
+    auxiliary = copy_auxiliary(teacher.network, config.auxiliary, ranges, several)
+    if start_folder:
+        go_on_from(start_folder, model, auxiliary, teacher, config)
     blank = template(model.network)
     for network in (teacher.network, model.network, with_part(model.network, auxiliary)):
         prepare(network, config)
