@@ -10,7 +10,7 @@ import marval
 SOURCE = Path(marval.__file__).parent
 MATHEMATICS = {"diffusion", "gsim", "masking", "policy", "rng"}
 LOOPS = {"train", "distill", "rl", "quickstart", "run", "matching", "evaluate", "bench", "report", "importing"} | {
-    "update", "export", "encode", "draw", "reference", "tables", "dryrun", "costs", "features", "metrics",
+    "update", "average", "export", "encode", "draw", "reference", "tables", "dryrun", "costs", "features", "metrics",
 }  # fmt: skip
 DATA = {
     "tokenizers", "sampling", "masking", "checkpoint", "config", "distributed", "watch", "ema", "data", "latents",

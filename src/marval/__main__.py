@@ -17,6 +17,7 @@ USAGE = """usage: marval VERB ...
   sample             draw images from a model
   evaluate [RECIPE]  measure a model against real images
   bench              time a teacher and its student
+  average            the mean of models that went on from the same one
   encode             turn images into latents on disk, once, for training
   train-classifier   train the small classifier that gives features, accuracy and reward
   import-mar         turn a published MAR checkpoint into a model folder
@@ -445,6 +446,22 @@ def export_verb(args: list[str]) -> None:
     parse(export, "export", args)
 
 
+def average_verb(args: list[str]) -> None:
+    def average(models: Annotated[tuple[Path, ...], positional()], /, *, out: Path) -> None:
+        """Write the mean of the weights of models that went on from the same one, such as students of other seeds.
+
+        Args:
+            models: Folders of teachers or of students, two or more.
+            out: New folder.
+        """
+        from marval.average import average
+        from marval.shipped import model_folder
+
+        print(average([model_folder(model) for model in models], out))
+
+    parse(average, "average", args)
+
+
 VERBS: dict[str, Callable[[list[str]], None]] = {
     "quickstart": quickstart_verb,
     "train": train_verb,
@@ -453,6 +470,7 @@ VERBS: dict[str, Callable[[list[str]], None]] = {
     "sample": sample_verb,
     "evaluate": evaluate_verb,
     "bench": bench_verb,
+    "average": average_verb,
     "encode": encode_verb,
     "train-classifier": classifier_verb,
     "import-mar": import_mar_verb,
