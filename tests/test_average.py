@@ -1,17 +1,18 @@
 """The mean of models of one start draws, and goes on; that of others is refused."""
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import marval
 from marval.__main__ import main
 from marval.average import average
-from marval.config import DistillConfig, GSIMConfig
+from marval.config import DistillConfig, GSIMConfig, StudentConfig
 from marval.distill import distill
 from marval.models.mar import MAR
 from marval.pipeline import Pipeline
@@ -47,8 +48,25 @@ def test_without_scores_of_all(tmp_path: Path):
     assert all(torch.allclose(x, own[name], atol=1e-7) for name, x in mean.items())
     Pipeline.load(tiny.student()).save(tmp_path / "bare")
     said = average([tiny.student(), tmp_path / "bare"], tmp_path / "mean")
-    assert "without scores" in said
+    assert f"without scores, as {tmp_path / 'bare'} has none" in said
     assert not (tmp_path / "mean" / "scores.safetensors").exists()
+
+
+def test_what_is_shared_stays(tmp_path: Path):
+    """The mean of three has the very backbone that they share, so head-only distillation goes on from it; and says
+    nothing of itself that is true of one member."""
+    member = Pipeline.load(tiny.student())
+    member.provenance |= {"fid_heldout": 1.0, "data_licence": "own"}
+    shutil.copytree(tiny.student(), tmp_path / "measured")
+    member.save(tmp_path / "measured")
+    average([tmp_path / "measured", tiny.student(), tiny.student()], tmp_path / "mean")
+    provenance = marval.load(tmp_path / "mean").provenance
+    assert provenance["verb"] == "distill"
+    assert not {"fid_heldout", "data_licence"} & provenance.keys()
+    assert [own.get("fid_heldout") for own in provenance["averaged"]] == [1.0, None, None]
+    student = StudentConfig(guidance=1.5)
+    config = dataclasses.replace(FURTHER, trained="head", steps=1, student=student)
+    distill(config, tiny.teacher(), tmp_path / "on", start_folder=tmp_path / "mean")
 
 
 def test_what_cannot_be_averaged(tmp_path: Path):
@@ -61,7 +79,14 @@ def test_what_cannot_be_averaged(tmp_path: Path):
     Pipeline(stranger, model.tokenizer, model.class_names, model.sampling).save(other)
     sizes = dataclasses.replace(model.network.config, width=64)
     Pipeline(MAR(sizes), model.tokenizer, model.class_names, model.sampling).save(wider)
+    foreign = tmp_path / "foreign"
+    shutil.copytree(tiny.student(), foreign)
+    scores = load_file(foreign / "scores.safetensors")
+    save_file(
+        scores | {n: x + 1 for n, x in scores.items() if n.startswith("teacher.")}, foreign / "scores.safetensors"
+    )
     for folders, message in (
+        ([tiny.student(), foreign], f"{foreign} is a student of another teacher than {tiny.student()}"),
         ([tiny.teacher()], "give two models or more, got 1"),
         ([tiny.teacher(), tiny.student()], f"{tiny.student()} has other settings of a student than {tiny.teacher()}"),
         ([tiny.teacher(), wider], "wider has other sizes than"),

@@ -201,8 +201,8 @@ def cifar10_cpu_teacher() -> TrainConfig:
 def cifar10_student() -> DistillConfig:
     """One-step student of the `cifar10` teacher, on one GPU: `pictures_student` at lower learning rates, t_init 600.
 
-    120 seconds on an H200 with --graphs (2026-11-27; docs/results.md). At the learning rates of `pictures_student` it
-    diverged; t_init 755 has 2 and 6 % more FID (classifier, judge; docs/LOG.md).
+    120 seconds on an H200 with --graphs (2026-11-27; docs/LOG.md; the student of docs/results.md went on from it). At
+    the learning rates of `pictures_student` it diverged; t_init 755 has 2 and 6 % more FID (classifier, judge).
     """
     config = pictures_student("data/cifar10.npz", guidance=3.0, highest=4.0)
     student = dataclasses.replace(config.student, t_init=600)
