@@ -447,7 +447,11 @@ def export_verb(args: list[str]) -> None:
 
 
 def average_verb(args: list[str]) -> None:
-    def average(models: Annotated[tuple[Path, ...], positional()], /, *, out: Path) -> None:
+    import tyro
+
+    several = tyro.conf.arg(help_behavior_hint="(required)")
+
+    def average(models: Annotated[tuple[Path, ...], positional(), several], /, *, out: Path) -> None:
         """Write the mean of the weights of models that went on from the same one, such as students of other seeds.
 
         Args:
