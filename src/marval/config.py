@@ -343,7 +343,8 @@ class DistillConfig(CurveConfig):
     mask_ratios: Literal["training", "inference", "tokens"] = "inference"
     """Masked tokens per context: the training distribution, or that of the K AR steps of sampling, each as likely as
     the other or (tokens) as often as it draws tokens, which late ones do most. Of 64 tokens CIFAR-10's student went on
-    better (FID 10 % below its start's), of 16 digits' the same (docs/LOG.md, 2026-11-27, seventeenth session)."""
+    better (FID 10 % below its start's), of 16 digits' the same, of 64 latents of Imagenette worse (docs/LOG.md,
+    2026-11-27, seventeenth and nineteenth session)."""
     rollout: float = 0.0
     """Share of updates whose contexts come from the student's own rollout instead of data."""
     context_updates: int = 1
