@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from marval.cli import flat, nearest, parse, positional, recipe, say
+from marval.cli import flat, nearest, parse, positional, recipe, required, say
 
 USAGE = """usage: marval VERB ...
 
@@ -447,11 +447,7 @@ def export_verb(args: list[str]) -> None:
 
 
 def average_verb(args: list[str]) -> None:
-    import tyro
-
-    several = tyro.conf.arg(help_behavior_hint="(required)")
-
-    def average(models: Annotated[tuple[Path, ...], positional(), several], /, *, out: Path) -> None:
+    def average(models: Annotated[tuple[Path, ...], positional(), required()], /, *, out: Path) -> None:
         """Write the mean of the weights of models that went on from the same one, such as students of other seeds.
 
         Args:

@@ -80,3 +80,10 @@ def positional() -> Any:
     import tyro
 
     return tyro.conf.Positional
+
+
+def required() -> Any:
+    """Says so in the help of an argument of several values, whose default is none."""
+    import tyro
+
+    return tyro.conf.arg(help_behavior_hint="(required)")
