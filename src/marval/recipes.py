@@ -232,6 +232,17 @@ def latents_aligned_on_cpu() -> RLConfig:
     return dataclasses.replace(pictures_aligned_on_cpu(), ar_steps=8)
 
 
+def cifar10_aligned() -> RLConfig:
+    """`pictures_aligned` at a fifth of its rate, held more tightly: a student level with its teacher can gain little.
+
+    Run so far on a CPU, with ``--batch 64 --precision bf16 --classifier resnet20*.th --judge resnet56*.th``: held-out
+    reward -0.653 -> -0.609, judge -0.752 -> -0.718 after 40 updates, but nothing for the judge in the first 30, so
+    without patience. At `pictures_aligned`'s rates both fall (docs/LOG.md, 2026-11-27, nineteenth session).
+    """
+    gsim = GSIMConfig(lr=2e-5, auxiliary_lr=1e-4)
+    return dataclasses.replace(pictures_aligned(), steps=40, patience=0, kl=0.3, gsim=gsim)
+
+
 def cifar10_evaluation() -> EvaluateConfig:
     """10,000 images against the training split; features of a classifier beside the model, or --features."""
     return EvaluateConfig(num_images=10_000, reference="data/cifar10.npz:train")
@@ -278,17 +289,6 @@ def imagenette64_student() -> DistillConfig:
 def imagenette64_cpu_student() -> DistillConfig:
     """One-step student of the `imagenette64-cpu` teacher, on one CPU core: 52 minutes, as its teacher's 71."""
     return dataclasses.replace(pictures_student_on_cpu("data/imagenette64-latents", guidance=2.5), steps=3_000)
-
-
-def cifar10_aligned() -> RLConfig:
-    """`pictures_aligned` at a fifth of its rate, held more tightly: a student level with its teacher can gain little.
-
-    Run so far on a CPU, with ``--batch 64 --precision bf16 --classifier resnet20*.th --judge resnet56*.th``: held-out
-    reward -0.653 -> -0.609, judge -0.752 -> -0.718 after 40 updates, but nothing for the judge in the first 30, so
-    without patience. At `pictures_aligned`'s rates both fall (docs/LOG.md, 2026-11-27, nineteenth session).
-    """
-    gsim = GSIMConfig(lr=2e-5, auxiliary_lr=1e-4)
-    return dataclasses.replace(pictures_aligned(), steps=40, patience=0, kl=0.3, gsim=gsim)
 
 
 def imagenette64_aligned() -> RLConfig:
