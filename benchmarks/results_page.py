@@ -1,6 +1,7 @@
 """Tables and plots of docs/results.md: what real_pictures.py and distill_ablation.py share, and those of the former."""
 
 import dataclasses
+import itertools
 import shutil
 import statistics
 import tempfile
@@ -197,35 +198,40 @@ def quality_table(results: Mapping[str, Any], rows: Rows, count: str) -> str:
     return table(head, lines)
 
 
-def verdict(results: Mapping[str, Any], rows: Rows, count: str) -> str:
-    """The student beside its teacher, in words; empty until both are there."""
+def verdict(results: Mapping[str, Any], rows: Rows, counts: Sequence[str]) -> str:
+    """The student beside its teacher, in words, at each number of images; empty until both are there."""
     own = results["protocol"]["ar_steps"]
-    student, teacher = f"student-k{own}", f"teacher-k{own}-100-ddpm"
-    if not all(values_of(rows.get(name, []), count, "images") for name in (student, teacher)):
-        return ""
-    text = f"At K = {own}, {int(count):,} images, FID to the test split:\n"
-    for network in ("classifier", "judge"):
+    names = {role: f"{role}-k{own}" for role in ("student", "aligned")} | {"teacher": f"teacher-k{own}-100-ddpm"}
+    student, teacher = names["student"], names["teacher"]
+    lines = []
+    for count, network in itertools.product(sorted(counts, key=int, reverse=True), ("classifier", "judge")):
         key = f"fid_{network}_test"
-        ours, theirs = (mean_and_deviation(values_of(rows[name], count, key)) for name in (student, teacher))
-        least, better = mean_of(rows[student], count, key), []
+        fids = {role: mean_and_deviation(values_of(rows.get(name, []), count, key)) for role, name in names.items()}
+        least = mean_of(rows.get(student, []), count, key)
+        if least is None or not fids["teacher"]:
+            continue
+        better = []
         for name, found in rows.items():
             fid = mean_of(found, count, key)
-            if name.startswith(f"teacher-k{own}-") and fid is not None and least is not None and fid < least:
+            if name.startswith(f"teacher-k{own}-") and fid is not None and fid < least:
                 slow, fast = (seconds(results, which, 1) for which in (name, student))
                 times = f" ({slow / fast:.3g})" if slow and fast else ""
                 better.append(label(found[0]).removeprefix("teacher, ") + times)
-        text += (
-            f"\n- over the {network}'s features {ours} for the student, {theirs} for its teacher with 100 DDPM steps. "
-            "Settings of the teacher with a lower mean than the student's, and their time over its time at batch 1: "
-            f"{'; '.join(better) or 'none'}."
+        aligned = f", aligned {fids['aligned']}" if fids["aligned"] else ""
+        lines.append(
+            f"- {int(count):,} images, the {network}'s features: student {fids['student']}{aligned}, teacher with 100 "
+            f"DDPM steps {fids['teacher']}. Settings of the teacher with a lower mean than the student's, and their "
+            f"time over its time at batch 1: {'; '.join(better) or 'none'}."
         )
+    if not lines:
+        return ""
     for batch in BATCHES:
         fast, slow = seconds(results, student, batch), seconds(results, teacher, batch)
         if fast and slow:
-            text += (
-                f"\n- At batch {batch} the student is {slow / fast:.1f} times as fast as its teacher with 100 steps."
+            lines.append(
+                f"- At batch {batch} the student is {slow / fast:.1f} times as fast as its teacher with 100 steps."
             )
-    return text
+    return f"At K = {own}, FID to the test split:\n\n" + "\n".join(lines)
 
 
 def about_times(results: Mapping[str, Any]) -> str:
@@ -259,7 +265,7 @@ def section(results: Mapping[str, Any], pictures: Path) -> str:
         f"{protocol['data']}, {protocol['train images']:,} training and {protocol['test images']:,} test images. "
         f"Guidance w = {protocol['guidance']:g}, {protocol['guidance_schedule']}. Classifier: "
         f"{protocol['classifier']}. Judge: {protocol['judge']}. Models: {digests}.",
-        *filter(None, [about_times(results), verdict(results, rows, count)]),
+        *filter(None, [about_times(results), verdict(results, rows, (count, *others))]),
     ]
     if (shown := pictures / f"pictures_{name}.png").exists():
         own = [found[0] for found in rows.values() if found[0]["ar_steps"] == protocol["ar_steps"]]

@@ -166,15 +166,18 @@ def test_the_verdict_names_what_beats_the_student(scripts):
         {
             "teacher-k8-4-ddpm": teacher | {"head_steps": 4, "fid": [9.0, 8.0]},
             "student-k8": {"fid": [2.0, 3.0]},
+            "aligned-k8": {"model": "aligned", "fid": [1.5]},
             "teacher-k8-100-ddpm": teacher | {"head_steps": 100, "fid": [1.0, 1.2]},
             "teacher-k8-50-ddim": teacher | {"head_steps": 50, "solver": "ddim", "fid": [2.0, 2.6]},
         },
         {"student-k8": 0.01, "teacher-k8-100-ddpm": 0.4},
     )  # fmt: skip
     rows = page.grouped(results)
-    assert list(rows) == ["teacher-k8-100-ddpm", "teacher-k8-50-ddim", "teacher-k8-4-ddpm", "student-k8"]
-    text = page.verdict(results, rows, "100")
-    assert "2.50 ± 0.71 for the student, 1.10 ± 0.14 for its teacher" in text
+    assert list(rows) == ["teacher-k8-100-ddpm", "teacher-k8-50-ddim", "teacher-k8-4-ddpm", "student-k8", "aligned-k8"]
+    rows["student-k8"][0]["values"]["20"] = {"fid_judge_test": 7.0}
+    text = page.verdict(results, rows, ("20", "100"))
+    assert "the judge's features: student 2.50 ± 0.71, aligned 1.50, teacher with 100 DDPM steps 1.10 ± 0.14." in text
+    assert "20 images" not in text, "no teacher has so few"
     assert "at batch 1: 100 steps, DDPM (40); 50 steps, DDIM.\n" in text
     assert "At batch 1 the student is 40.0 times as fast" in text
     assert "batch 64" not in text
