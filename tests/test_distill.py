@@ -146,7 +146,7 @@ def test_going_on_from_what_does_not_fit(tmp_path: Path):
         (
             tiny.student(),
             {"student": StudentConfig(t_init=600)},
-            "has t_init 755, the run 600: give its own, --student.t-init 755",
+            "has t_init 300, the run 600: give its own, --student.t-init 300",
         ),
         (tiny.student(), {"student": StudentConfig(guidance_range=(1.0, 3.0))}, "has guidance_range None"),
     ):

@@ -275,7 +275,7 @@ def test_recorded_functions_read_no_tensor_but_their_inputs():
         pipeline.sample_tokens([0, 1], seed=1)
         pipeline.sample([0, 1], seed=1)
     teacher = {("backbone", True), ("chain", 1.0)}
-    assert set(kinds) == teacher | {("scalars",), ("AR step", ("student", (755,), 1.0), False), "images"}
+    assert set(kinds) == teacher | {("scalars",), ("AR step", ("student", (300,), 1.0), False), "images"}
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")

@@ -69,8 +69,8 @@ def test_evaluations_of_a_student(make):
     assert float((draws[1] - draws[2]).abs().mean()) > 0.05
     assert float((draws[2] - draws[4]).abs().mean()) > 0.05
     assert torch.equal(draws[1], make("student").sample_tokens([0, 1], seed=3, ar_steps=1))
-    assert StudentConfig(evaluations=4).timesteps(4) == (755, 566, 377, 188)
-    assert StudentConfig(evaluations=4).timesteps(2) == (755, 377)
+    assert StudentConfig(evaluations=4).timesteps(4) == (300, 225, 150, 75)
+    assert StudentConfig(evaluations=4).timesteps(2) == (300, 150)
     for n in (3, 8):
         with pytest.raises(ValueError, match=f"evaluations must be 1 or 2 or 4 for this student, got {n}"):
             model.sample(0, evaluations=n)

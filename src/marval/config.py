@@ -61,8 +61,9 @@ PRESETS = {
 class StudentConfig:
     """How a student is evaluated; stored with its weights."""
 
-    t_init: int = 755
-    """Timestep of the one evaluation of the head, or the first; sigma/alpha is 2.5 at 755 on the cosine schedule."""
+    t_init: int = 300
+    """Timestep of the one evaluation of the head, or the first. On the cosine schedule sigma/alpha is 0.5 at 300 and
+    2.5 at 755; from 300 students follow their teachers more closely (docs/LOG.md, 2026-11-27, twentieth session)."""
     evaluations: int = 1
     """Most evaluations of the head per token that it is distilled for; it draws with any number that divides this one.
     Each but the first starts from the token before it, noised anew, at a timestep evenly below t_init. Rollouts, the

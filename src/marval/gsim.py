@@ -32,8 +32,9 @@ def one_step(
     """The student's token: x0 = (sigma/alpha) (z - eps_hat(sigma z, t)), one evaluation of the head.
 
     This is the x0 estimate of a noise predictor whose input is pure noise at the level of t, where sigma/alpha is
-    moderate (2.5 at t = 755); near t = 999 it would multiply any error by 2e4. A student of several evaluations starts
-    the next from the token that it has, noised anew to a lower t: x0 + (sigma/alpha) (z - eps_hat(alpha x0 + sigma z)).
+    moderate (0.5 at t = 300, 2.5 at 755); near t = 999 it would multiply any error by 2e4. A student of several
+    evaluations starts the next from the token that it has, noised anew to a lower t: x0 + (sigma/alpha) (z -
+    eps_hat(alpha x0 + sigma z)).
 
     Args:
         network: ``x (..., D) -> eps_hat (..., D)`` at the timestep t (one, or (...)) and the token's condition.
