@@ -66,8 +66,8 @@ class StudentConfig:
     2.5 at 755; from 300 students follow their teachers more closely (docs/LOG.md, 2026-11-27, twentieth session)."""
     evaluations: int = 1
     """Most evaluations of the head per token that it is distilled for; it draws with any number that divides this one.
-    Each but the first starts from the token before it, noised anew, at a timestep evenly below t_init. Rollouts, the
-    curve of quality and RL draw with one."""
+    Each but the first starts from the token before it, noised anew, at a timestep evenly below t_init: give them a
+    higher one, 755 (docs/LOG.md, as above). Rollouts, the curve of quality and RL draw with one."""
     guidance: float = 1.5
     """Guidance scale the student was distilled for; with a range, the default at sampling."""
     guidance_range: tuple[float, float] | None = None
