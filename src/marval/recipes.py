@@ -145,7 +145,8 @@ def pictures_student(data: str, guidance: float, highest: float = 3.0, t_init: i
 
 
 def pictures_student_on_cpu(data: str, guidance: float, highest: float = 3.0) -> DistillConfig:
-    """The same on a CPU core, of fewer images at higher learning rates; t_init as our students have it."""
+    """The same on a CPU core, of fewer images at higher learning rates; from 755, as the students were made that come
+    with marval or stand in docs/results.md."""
     return dataclasses.replace(
         pictures_student(data, guidance, highest, t_init=755), steps=4_500, batch=64, ema=0.995, warmup=20,
         save_every=100, sample_every=500, log_every=20, precision="bf16", gsim=GSIMConfig(lr=3e-4, auxiliary_lr=6e-4),
@@ -388,9 +389,10 @@ def imagenet_student() -> DistillConfig:
     """One-step student of a public MAR, for every guidance scale in 1..3.5: its head, on the frozen backbone.
 
     The paper's (MARVAL, arXiv 2511.15190), as others report it: the updates of 30 epochs on 8 A800, w = 1.2. Ours,
-    because the paper does not state it or our experiments differ: batch 256, learning rates, lambda -0.4, K = 64, the
-    head alone (--trained all trains everything), four updates on the same contexts (which makes it 7.5 epochs; on small
-    models about as good, update for update: docs/LOG.md, 2026-11-26), the guidance scale as an input of the student.
+    because the paper does not state it or our experiments differ: batch 256, learning rates, lambda -0.4, t_init 300
+    (by small models), K = 64, the head alone (--trained all trains everything), four updates on the same contexts
+    (which makes it 7.5 epochs; on small models about as good, update for update: docs/LOG.md, 2026-11-26), the guidance
+    scale as an input of the student.
     """
     return DistillConfig(
         data="imagenet-latents", classes="imagenet", image_size=256, flip=True, batch=256, steps=updates(30, 256),
