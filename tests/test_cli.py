@@ -192,6 +192,7 @@ def test_interrupt_says_how_to_go_on(tmp_path: Path):
         (["train", "digits", "--model.width", "30", "--out", "x"], ["30", "multiple", "4"]),
         (["train", "digits", "--sampling.ar-steps", "17", "--out", "x"], ["17", "16"]),
         (["distill", "digits", "--teacher", "nowhere", "--out", "x"], ["'nowhere' does not exist", "model's folder"]),
+        (["distill", "digits", "--student.t-init", "2000", "--out", "x"], ["distill: t_init must be in", "2000"]),
         (["rl", "digits", "--student", "nowhere", "--out", "x"], ["'nowhere' does not exist", "model's folder"]),
         (["train", "digits", "--patch-size", "0", "--out", "x"], ["patch_size must be at least 1", "0"]),
         (["train", "digits", "--seed", "-1", "--out", "x"], ["seed must not be negative", "-1"]),

@@ -45,7 +45,8 @@ def parse(function: Callable[..., None], verb: str, args: list[str]) -> None:
     except SystemExit as stop:
         if not stop.code:
             raise
-        text = " ".join(re.sub("[╭╮╰╯│─]+", " ", message.getvalue()).split())
+        text = re.sub("[╰╯│─]+|-{3,}", " ", message.getvalue().partition("\n")[2])  # without the box and its title
+        text = re.sub(r"^Error parsing config[.\w]*: ", "", " ".join(text.split()))  # checks name what they check
         raise ValueError(f"{text.split(' For full helptext')[0]}; see marval {verb} --help") from None
     call()
 
