@@ -80,7 +80,7 @@ def axes(base: DistillConfig) -> dict[str, dict[str, DistillConfig]]:
             "head and backbone": run(trained="all"),
         },
         "auxiliary updates": {f"{n}": gsim(auxiliary_updates=n) for n in (1, 2, 5)},
-        "t_init": {f"{t}": student(t_init=t) for t in (300, 450, 600, 755, 850)},
+        "t_init": {f"{t}": student(t_init=t) for t in (100, 300, 450, 600, 755)},
         "t_max": {f"{t}": gsim(t_range=(base.gsim.t_range[0], t)) for t in (700, 850, 950, 999)},
         "contexts": {name: run(rollout=share) for name, share in (("data", 0.0), ("half", 0.5), ("rollouts", 1.0))},
         "mask ratios": {name: run(mask_ratios=name) for name in ("inference", "training", "tokens")},

@@ -94,6 +94,7 @@ def quickstart(config: QuickstartConfig, out: Path, resume: bool = False) -> dic
         student = distill(config.distill, out / "teacher", out / "student", resume=True)
     with clock("rl"):
         say(f"4/5  aligned: the student post-trained on the classifier's reward, up to {config.rl.steps} updates")
+        say("     an ALARM names what left the starting student's range; one or two may be the price (docs/rl.md)")
         rl_config = replace(config.rl, classifier=str(out / "classifier"), judge=str(out / "judge"))
         aligned = rl(rl_config, out / "student", out / "aligned", resume=True)
     with clock("evaluate"):
