@@ -27,6 +27,7 @@ from results_page import (
     QUICK,
     RED,
     about_now,
+    alone_in,
     mean_and_deviation,
     measured_on,
     places,
@@ -180,12 +181,11 @@ class Study:
         for name, seed in missing:
             start = time.perf_counter()
             row: dict[str, Any] = {**self.row(name, wanted[name], seed), "seed": seed}
-            results = self.read()
-            results["rows"][f"{name}/{seed}"] = row
-            results |= {"name": self.name, "folder": shown_folder(self.folder), "about": about_now(self.teacher.device)}
-            results["axes"] = self.names
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            write_json(self.file, results)
+            about = {"folder": shown_folder(self.folder), "about": about_now(self.teacher.device), "axes": self.names}
+            with alone_in(self.file.parent):
+                results = self.read()
+                results["rows"][f"{name}/{seed}"] = row
+                write_json(self.file, results | {"name": self.name} | about)
             numbers_of = next(iter(row["values"].values()))
             shown = ", ".join(f"{key} {value:.4g}" for key, value in numbers_of.items())
             print(f"{name}/{seed}: {shown}; {time.perf_counter() - start:.0f} s", flush=True)

@@ -16,16 +16,20 @@ import time
 from pathlib import Path
 from typing import Any
 
+from results_page import same_protocol
+
 from marval.bench import seconds_per_image
 from marval.checkpoint import read_json, write_json
 from marval.config import EvaluateConfig, numbers
-from marval.evaluate import evaluate
+from marval.evaluate import evaluate, weights_digest
 from marval.features import load_features
 from marval.pipeline import Pipeline
 from marval.reference import load_reference
 from marval.run import versions
 
 SETTINGS = ("ar_steps", "order", "refresh_every")
+PROTOCOL = ("weights", "reference", "features", "num_images", "seeds", "guidance")
+"""What all rows of a file share."""
 
 
 def measure(args: argparse.Namespace) -> None:
@@ -34,12 +38,15 @@ def measure(args: argparse.Namespace) -> None:
     reference = load_reference(args.reference, network, None, model.tokenizer.image_channels)
     results: dict[str, Any] = {
         "benchmark": "fast_settings", "command": shlex.join(["python", *sys.argv]), "model": args.model.as_posix(),
+        "weights": weights_digest(model),
         "reference": args.reference, "features": network.name,
         "num_images": args.num_images, "seeds": args.seeds, "guidance": model.sampling.guidance,
         "date": time.strftime("%Y-%m-%d"), "versions": versions(model.device), "rows": [],
     }  # fmt: skip
     if args.out.exists():
-        results["rows"] = read_json(args.out)["rows"]
+        before = read_json(args.out)
+        same_protocol(args.out, *({n: found[n] for n in PROTOCOL if n in found} for found in (before, results)))
+        results["rows"] = before["rows"]
     steps = numbers(args.ar_steps, int, "--ar-steps")
     refreshes = numbers(args.refresh_every, int, "--refresh-every")
     for k, order, refresh in itertools.product(steps, ("random", "halton"), refreshes):

@@ -277,7 +277,7 @@ def sampling(
 
 
 def settings(suite: Suite, pipeline: Pipeline, ar_steps: int) -> SamplingConfig:
-    return pipeline.settings(ar_steps=ar_steps, head_steps=suite.scale.head_steps)
+    return pipeline.settings(ar_steps=ar_steps, head_steps=None if pipeline.student else suite.scale.head_steps)
 
 
 def parity(suite: Suite, code: Any) -> dict[str, Any]:

@@ -28,7 +28,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from results_page import BATCHES, QUICK, SOLVERS, STEPS, about_now, places, same_protocol, shown_folder, write_page
+from results_page import (
+    BATCHES,
+    QUICK,
+    SOLVERS,
+    STEPS,
+    about_now,
+    alone_in,
+    places,
+    same_protocol,
+    shown_folder,
+    write_page,
+)
 from torch import Tensor
 from tqdm import tqdm
 
@@ -145,8 +156,9 @@ def real_features(
             file = cache / f"real-{split}-{len(images)}-{network.digest}.npz"
             if not file.exists():
                 reference = load_reference(f"{data}:{split}", network)
-                if not file.exists():  # another process may have been faster
-                    save_reference(file, reference, network)
+                with alone_in(cache):
+                    if not file.exists():  # another process may have been faster
+                        save_reference(file, reference, network)
             features = load_reference(str(file), network).features
             assert features is not None
             found[name][split] = features
@@ -204,17 +216,17 @@ class Study:
 
     def save(self, part: str, entries: dict[str, Any]) -> None:
         """Add entries to the rows, or to the clock, of the file."""
-        results = self.read()
-        results[part] |= entries
-        results |= {"name": self.name, "folder": shown_folder(self.folder)}
         about = about_now(self.models["student"].device)
-        if part == "rows":
-            results["flags"] = self.flags
-            results.setdefault("about rows", {})[self.models["student"].device.type] = about
-        else:
-            results["about clock"] = about
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(self.file, results)
+        with alone_in(self.file.parent):
+            results = self.read()
+            results[part] |= entries
+            results |= {"name": self.name, "folder": shown_folder(self.folder)}
+            if part == "rows":
+                results["flags"] = self.flags
+                results.setdefault("about rows", {})[self.models["student"].device.type] = about
+            else:
+                results["about clock"] = about
+            write_json(self.file, results)
 
     def chosen(self, patterns: str, rows: Sequence[Row]) -> list[Row]:
         """Rows whose names match one of the comma-separated patterns, in their own order."""

@@ -1,12 +1,15 @@
 """Tables and plots of docs/results.md: what real_pictures.py and distill_ablation.py share, and those of the former."""
 
+import contextlib
 import dataclasses
+import fcntl
 import itertools
+import os
 import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +51,18 @@ def places(quick: bool) -> Places:
     if not trial.page.exists():
         shutil.copy(docs.page, trial.page)
     return trial
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """While it lasts no other process is in here: for reading, changing and writing a file that several share."""
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def same_protocol(file: Path, before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:

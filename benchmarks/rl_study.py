@@ -32,7 +32,7 @@ import rl_costs
 import rl_page
 import torch
 from PIL import Image
-from results_page import same_protocol
+from results_page import alone_in, same_protocol
 from rl_page import SHOWN
 from torch import Tensor
 
@@ -268,12 +268,12 @@ class Bench:
             self.results[part] = found.get(part, {}) | self.results[part]
 
     def save(self) -> None:
-        self.read()
-        pictures = self.results["pictures"]
-        self.results["pictures"] = {key: pictures[key] for key in ("student", *PICTURED) if key in pictures}
-        self.results |= {"versions": versions(torch.device("cpu")), "date": time.strftime("%Y-%m-%d")}
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(self.file, self.stored() | {self.name: self.results})
+        with alone_in(self.file.parent):
+            self.read()
+            pictures = self.results["pictures"]
+            self.results["pictures"] = {key: pictures[key] for key in ("student", *PICTURED) if key in pictures}
+            self.results |= {"versions": versions(torch.device("cpu")), "date": time.strftime("%Y-%m-%d")}
+            write_json(self.file, self.stored() | {self.name: self.results})
 
     def run(self, stages: Sequence[str], seeds: Sequence[int]) -> None:
         """Add the rows that are missing."""

@@ -143,6 +143,10 @@ def test_links(tmp_path, monkeypatch):
         assert not (tmp_path / "copy" / name).samefile(source / name)
         assert (tmp_path / "copy" / name).read_bytes() == (source / name).read_bytes()
     (target / WEIGHTS).unlink()
+    size = (source / WEIGHTS).stat().st_size
+    (target / WEIGHTS).write_bytes(bytes(size))  # of the same architecture, say
+    with pytest.raises(ValueError, match=r"other holds another autoencoder than .*codec"):
+        link_autoencoder(source, target)
     (target / WEIGHTS).write_bytes(b"another")
     with pytest.raises(ValueError, match=r"other holds another autoencoder than .*codec"):
         link_autoencoder(source, target)

@@ -378,7 +378,9 @@ def test_refused_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     evaluate = ["evaluate", "--model", tiny.student(), "--reference", "digits", "--features", tiny.classifier()]
     assert "exists" in tiny.refused(capsys, *evaluate, "--out", full / "mine.txt")
     assert str(file) in tiny.refused(capsys, *evaluate, "--out", file / "results.json")
-    assert str(file) in tiny.refused(capsys, "bench", "--model", tiny.student(), "--json", file / "x", "--repeats", 1)
+    bench = ["bench", "--model", tiny.student(), "--repeats", 1, "--json"]
+    assert str(file) in tiny.refused(capsys, *bench, file / "x")
+    assert "exists: choose another --json" in tiny.refused(capsys, *bench, file)
 
 
 @pytest.mark.parametrize("size", [1 << 10, 1 << 17])

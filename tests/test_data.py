@@ -411,6 +411,7 @@ def test_npz(tmp_path: Path):
     [
         ({"labels": np.arange(12)}, r"labels must be \(12,\) integers in \[0, 1\], got int64 \(12,\) from 0 to 11"),
         ({"labels": np.zeros(3, int)}, r"labels must be \(12,\) integers"),
+        ({"labels": np.array(["cat"] * 12)}, r"integers in \[0, 1\], got <U3 \(12,\)"),
         ({"images": np.zeros((12, 8, 8, 1))}, "images must be uint8 NHWC of 1 or 3 channels, got float64"),
         ({"images": np.zeros((12, 8, 6, 1), np.uint8)}, "images are 8x6: choose an --image-size"),
         ({"test": np.zeros(12, int)}, r"test must be \(12,\) booleans"),
@@ -426,9 +427,11 @@ def test_bad_npz(tmp_path: Path, changes: dict[str, Any], message: str):
 
 
 def test_npz_that_is_none(tmp_path: Path):
-    (tmp_path / "data.npz").write_bytes(b"no archive")
-    with pytest.raises(ValueError, match=r"cannot read .*data.npz"):
-        load_dataset(str(tmp_path / "data.npz"))
+    np.savez(tmp_path / "whole.npz", **arrays())
+    for content in (b"no archive", b"", (tmp_path / "whole.npz").read_bytes()[:1000]):
+        (tmp_path / "data.npz").write_bytes(content)
+        with pytest.raises(ValueError, match=r"cannot read .*data.npz"):
+            load_dataset(str(tmp_path / "data.npz"))
     np.savez(tmp_path / "data.npz", images=np.zeros((2, 8, 8, 1), np.uint8))
     with pytest.raises(ValueError, match="has no 'labels': it needs images, labels and class_names"):
         load_dataset(str(tmp_path / "data.npz"))

@@ -149,6 +149,7 @@ def test_going_on_from_what_does_not_fit(tmp_path: Path):
             "has t_init 300, the run 600: give its own, --student.t-init 300",
         ),
         (tiny.student(), {"student": StudentConfig(guidance_range=(1.0, 3.0))}, "has guidance_range None"),
+        (tiny.student(), {"student": StudentConfig(guidance=3.0)}, "the run 3.0: give its own, --student.guidance 1.5"),
     ):
         with pytest.raises(ValueError, match=message):
             distill(dataclasses.replace(SHORT, **changes), tiny.teacher(), tmp_path / "run", start_folder=folder)
@@ -238,6 +239,8 @@ def test_a_student_that_diverges_stops_the_run(tmp_path: Path):
     stopped = int(str(caught.value).split(":")[0].removeprefix("step "))
     assert tiny.metrics(tmp_path / "run")[-1]["step"] == stopped
     assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"] == stopped - 1
+    with pytest.raises(FloatingPointError, match=f"step {stopped}: the student has diverged"):  # by the same limit
+        distill(config, tiny.teacher(), tmp_path / "run", resume=True)
 
 
 def test_a_learning_rate_that_explodes_stops_the_run(tmp_path: Path):

@@ -122,6 +122,25 @@ def test_references_agree(tmp_path: Path):
         assert reference.count == 60
 
 
+def test_a_large_split_is_read_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "mine.py").write_text("def pixels(images):\n    return images.flatten(1)[:, ::7]\n")
+    network = load_features(f"{tmp_path / 'mine.py'}:pixels")
+    for i in range(10):
+        (tmp_path / "data" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(i).integers(0, 256, (16, 16, 3), np.uint8)
+        save_png(tmp_path / "data" / "ab"[i % 2] / f"{i}.png", pixels)
+    whole = load_reference(f"{tmp_path / 'data'}:train", network, 16)
+    monkeypatch.setattr("marval.data.IN_MEMORY", 0)
+    monkeypatch.setattr("marval.data.read_equal", None)
+    parts = load_reference(f"{tmp_path / 'data'}:train", network, 16)
+    assert (parts.count, parts.source) == (8, "training split")
+    np.testing.assert_array_equal(parts.moments.mu, whole.moments.mu)
+    (tmp_path / "data" / "index.json").write_text("{}")
+    for name in ("data", "data:train"):
+        with pytest.raises(ValueError, match=r"data holds latents, and images are compared: give the images"):
+            load_reference(str(tmp_path / name), network, 16)
+
+
 def test_photographs_are_cropped_to_the_model(tmp_path: Path):
     """A folder of any sizes, by ADM's and MAR's centre crop."""
     (tmp_path / "mine.py").write_text("def pixels(images):\n    return images.flatten(1)[:, ::7]\n")
@@ -316,6 +335,27 @@ def references_features(pooled: torch.Tensor, images: torch.Tensor) -> Any:
 
 
 # ---- interruptions and processes
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_code_of_a_reward_may_not_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from marval import evaluate as module
+
+    (tmp_path / "mine.py").write_text("def zero(images, prompts):\n    return images.mean((1, 2, 3)) * 0\n")
+    settings, real = config(rewards=f"{tmp_path / 'mine.py'}:zero"), module.draw
+
+    def stops(model: Pipeline, labels: Any, first: int, *args: Any) -> np.ndarray:
+        if first > 0:
+            raise KeyboardInterrupt
+        return real(model, labels, first, *args)
+
+    monkeypatch.setattr(module, "draw", stops)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_folder(tiny.student(), tmp_path / "out.json", settings)
+    monkeypatch.setattr(module, "draw", real)
+    (tmp_path / "mine.py").write_text("def zero(images, prompts):\n    return images.mean((1, 2, 3)) * 0 + 1\n")
+    with pytest.raises(ValueError, match=r"was begun with code of mine\.py = "):
+        evaluate_folder(tiny.student(), tmp_path / "out.json", settings, resume=True)
 
 
 @pytest.mark.usefixtures("small_chunks")

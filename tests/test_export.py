@@ -178,6 +178,13 @@ def test_paths_are_cut():
     values = {"a": "/x/y", "b": ["~/z/", "C:\\u\\v", "runs/w", "a/b of c", 3, None], "c": {"d": "sha256 1/2"}}
     cut = {"a": "y", "b": ["z", "v", "runs/w", "a/b of c", 3, None], "c": {"d": "sha256 1/2"}}
     assert without_folders(values) == cut
+    for text, expected in (
+        ("pickscore:/home/alice/secret/pick", "pickscore:pick"),
+        ("0.5*clip:/home/alice/c + 0.5*/home/alice/r.py:f", "0.5*clip:c + 0.5*r.py:f"),
+        ("/home/my pictures/x", "x"),
+        ("MIT (https://x.org/y), clip:openai/clip", "MIT (https://x.org/y), clip:openai/clip"),
+    ):
+        assert without_folders(text) == expected
 
 
 def test_half_and_name(run: Path, tmp_path: Path):

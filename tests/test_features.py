@@ -108,6 +108,8 @@ def test_features_do_not_depend_on_the_batch(shared: Path):
 def test_a_function_of_ones_own(tmp_path: Path):
     file = tmp_path / "mine.py"
     file.write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n"
+        "@dataclass\nclass Settings:\n    size: int = 3\n"
         "def means(images):\n    return images.mean((2, 3))\n"
         "def both(images):\n    return images.mean((2, 3)), images.flatten(1)\n"
         "def wrong(images):\n    return images\n"

@@ -92,6 +92,7 @@ def test_inception_score():
     assert inception_score(logits) == pytest.approx((np.mean(scores), np.std(scores)), rel=1e-10)
     assert inception_score(torch.ones(40, 5)) == pytest.approx((1, 0), abs=1e-12)
     assert inception_score(200 * torch.eye(5).repeat(20, 1), splits=4) == pytest.approx((5, 0), abs=1e-9)
+    assert inception_score(2000 * torch.eye(5).repeat(20, 1), splits=4) == pytest.approx((5, 0), abs=1e-9)
     with pytest.raises(ValueError, match="at least as many images, got 9"):
         inception_score(logits[:9])
 

@@ -95,6 +95,7 @@ def test_killed_and_resumed_gives_the_same_numbers(tmp_path: Path, capsys: pytes
     assert not (out / "results.json").exists()
     assert "add --resume to go on" in tiny.refused(capsys, *command(out))
     assert "other settings" in tiny.refused(capsys, *command(out), "--resume", "--seed", 1)
+    (out / "evaluation.json").write_text(json.dumps({"teacher": {"fid": -1, "weights": "of another"}}))
     main([*command(out), "--resume"])
     assert numbers(out) == numbers(finished())
     for name in ("classifier", "judge", "teacher", "student", "aligned"):

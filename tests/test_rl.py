@@ -19,6 +19,7 @@ from marval.costs import Work
 from marval.distill import distill
 from marval.distributed import connect
 from marval.masking import masked_counts
+from marval.matching import Context, Noise, ScoreMatching
 from marval.monitor import image_statistics
 from marval.pipeline import Pipeline
 from marval.policy import gaussian_log_prob
@@ -268,6 +269,30 @@ def test_images_of_a_group_differ_in_exploration_alone(file: Path, tmp_path: Pat
         assert [row["dead_groups"] for row in rows if "dead_groups" in row] == [dead] * 2
         warning = "WARNING update 1: the rewards of every group are equal, so nothing is learned from them"
         assert (warning in capsys.readouterr().err) == (dead == 1)
+
+
+@pytest.mark.parametrize("algorithm", ["gradient", "group"])
+def test_rollouts_have_the_students_temperature(algorithm: str, file: Path, tmp_path: Path):
+    student = Pipeline.load(tiny.student())
+    student.sampling = dataclasses.replace(student.sampling, temperature=0.0)
+    student.save(tmp_path / "cold")
+    config = dataclasses.replace(CONFIG, reward=f"{file}:brightness", algorithm=algorithm, steps=1, std=1e-3, batch=80)
+    rl(config, tmp_path / "cold", tmp_path / "run")
+    (first, rollouts, *_) = tiny.metrics(tmp_path / "run")
+    assert rollouts["contrast"] == pytest.approx(first["contrast_heldout"], rel=0.03)
+
+
+def test_inner_updates_anchor_the_student_as_it_is(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    seen, loss = [], ScoreMatching.student_loss
+
+    def student_loss(self: ScoreMatching, context: Context, noise: Noise) -> tuple[torch.Tensor, dict]:
+        seen.append(torch.equal(context.student, context.condition(self.student)))
+        return loss(self, context, noise)
+
+    monkeypatch.setattr(ScoreMatching, "student_loss", student_loss)
+    group = {"reward": f"{file}:black_box", "algorithm": "group", "steps": 1, "inner_updates": 3}
+    aligned(tmp_path / "run", **group, trained="all", anchor=1.0)
+    assert seen == [True] * 3
 
 
 def test_kl_is_logged_per_token_with_gradient():

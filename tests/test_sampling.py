@@ -163,6 +163,9 @@ def test_student_with_fixed_guidance_refuses_another(make):
         with pytest.raises(ValueError, match=rf"constant guidance of 1\.5, not for .*{got}"):
             model.sample(0, **arguments)
     assert np.array_equal(model.sample(0, guidance=1.5), model.sample(0))
+    for arguments in ({"head_steps": 5}, {"solver": "ddim"}):
+        with pytest.raises(ValueError, match=f"{next(iter(arguments))} is for teachers: a student takes evaluations"):
+            model.sample(0, **arguments)
 
 
 def test_student_with_a_guidance_range(make):
@@ -175,8 +178,11 @@ def test_student_with_a_guidance_range(make):
     linear = model.sample_tokens(0, guidance=3.0, guidance_schedule="linear")
     assert float((linear - draws[2]).abs().max()) > 1e-3
     model.student = StudentConfig(guidance=2.0, guidance_range=(1.5, 3.0))
-    with pytest.raises(ValueError, match="serves guidance"):  # the linear schedule starts at 1
+    with pytest.raises(ValueError, match=r"serves guidance in \[1\.5, 3\.0\], got 1 to 2\.0"):
         model.sample(0, guidance=2.0, guidance_schedule="linear")
+    model.student = StudentConfig(guidance=0.5, guidance_range=(0.4, 0.6))
+    with pytest.raises(ValueError, match=r"got 1 to 0\.5"):
+        model.sample(0, guidance=0.5, guidance_schedule="linear")
 
 
 def test_teacher_guidance(make):

@@ -271,7 +271,7 @@ def bench_verb(args: list[str]) -> None:
         Args:
             model: Folder of a student (its teacher's head is in it), or of a teacher (timed as its own student).
             batch: Batch sizes, comma-separated.
-            json: File for the results.
+            json: New file for the results.
             repeats: Rounds timed after a warm-up, of a batch or more each; medians are reported.
             ar_steps: Numbers of AR steps K, comma-separated; the model's default if left out.
             head_steps: Denoising steps of the teacher's inner chain.
@@ -290,6 +290,8 @@ def bench_verb(args: list[str]) -> None:
         from marval.run import writable_folder
 
         if json is not None:
+            if json.exists():
+                raise ValueError(f"{json} exists: choose another --json")
             writable_folder(json.parent)
         try:
             batches = [int(part) for part in batch.split(",")]

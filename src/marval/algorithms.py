@@ -27,7 +27,7 @@ class Batch:
     orders: Tensor
     """(B, L) in the order of being revealed."""
     z: Tensor
-    """(B, L, D) the student's noise."""
+    """(B, L, D) the student's noise, times the temperature."""
     w: Tensor
     """(B, 1) guidance scales, read by a student that takes them."""
     exploration: Tensor
@@ -119,8 +119,9 @@ class RewardGradient(Algorithm):
 
     def loss(self, batch: Batch) -> tuple[Tensor, Rollout]:
         """Roll out whole images; the loss keeps the graph."""
+        plain = dataclasses.replace(self.model.sampling, temperature=1.0)  # it is in z
         steps = unmask(
-            self.model.network, self.model.draw(self.model.sampling), batch.labels, batch.orders, self.counts, batch.z,
+            self.model.network, self.model.draw(plain), batch.labels, batch.orders, self.counts, batch.z,
             guidance=batch.w, grad_ar_steps=batch.grad_steps, checkpoint_ar_steps=self.config.checkpoint_ar_steps,
         )  # fmt: skip
         tokens = last(steps)

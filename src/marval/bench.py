@@ -257,6 +257,7 @@ def bench(
     for model in models.values():
         model.accelerate(graphs, compile)
     own: dict[str, dict[str, Any]] = {"teacher": settings, "student": {**settings, "evaluations": evaluations}}
+    own["student"].pop("head_steps", None)
     rates = rates_of(place, dtype)
     rows, speedup, quiet = [], {}, os.environ.get("RANK", "0") != "0"
     given = ar_steps or [models["student"].sampling.ar_steps]

@@ -168,7 +168,8 @@ class RunConfig:
     shard: bool = False
     """Split weights, gradients and optimizer states over the processes (FSDP2); otherwise each holds all (DDP)."""
     accumulate: int = 1
-    """Parts in which each process works through its share of a batch, to save memory; the result is the same."""
+    """Parts in which each process works through its share of a batch, to save memory; the result is the same,
+    but for dropout's numbers."""
     activation_checkpointing: bool = False
     """Recompute transformer blocks in the backward pass instead of storing their activations."""
     compile: bool = False

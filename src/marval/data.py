@@ -133,9 +133,9 @@ def _digits(split: Split, image_size: int | None, classes: Classes) -> ImageData
 def _npz(path: Path, split: Split, image_size: int | None, classes: Classes) -> ImageDataset[np.ndarray]:
     """Images of an .npz (`load_dataset`)."""
     try:
-        with np.load(path) as file:
+        with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
-    except (OSError, ValueError) as error:
+    except Exception as error:  # numpy raises ValueError, OSError, EOFError, BadZipFile, ...
         raise ValueError(f"cannot read {path}: {error}") from None
     if missing := [name for name in ("images", "labels", "class_names") if name not in arrays]:
         raise ValueError(f"{path} has no {missing[0]!r}: it needs images, labels and class_names")
@@ -146,7 +146,7 @@ def _npz(path: Path, split: Split, image_size: int | None, classes: Classes) -> 
         raise ValueError(f"{path}: images are {images.shape[1]}x{images.shape[2]}: choose an --image-size")
     whole = labels.shape == images.shape[:1] and np.issubdtype(labels.dtype, np.integer)
     if not whole or labels.min() < 0 or labels.max() >= len(names):
-        found = f"{labels.dtype} {labels.shape} from {labels.min()} to {labels.max()}"
+        found = f"{labels.dtype} {labels.shape}" + (f" from {labels.min()} to {labels.max()}" if whole else "")
         raise ValueError(f"{path}: labels must be ({len(images)},) integers in [0, {len(names) - 1}], got {found}")
     held_out = np.zeros(len(images), bool)
     for label in range(len(names)):

@@ -63,7 +63,8 @@ def go_on_from(
     begun = Pipeline.load(folder)
     if begun.student is None:
         raise ValueError(f"--start {folder} holds a teacher: give a folder of `marval distill`")
-    for name in ("t_init", "evaluations", "guidance_range"):
+    names = ["t_init", "evaluations", "guidance_range"] + ["guidance"] * (config.student.guidance_range is None)
+    for name in names:
         its, wanted = getattr(begun.student, name), getattr(config.student, name)
         if its != wanted:
             value = " ".join(map(str, its)) if isinstance(its, tuple) else its
@@ -241,7 +242,7 @@ def distill(
             contexts.append(call("context", given, tokens, visible[rows], masked[rows], labels[rows], w[rows]))
         return contexts, watched
 
-    contexts, seen, widest = [], {}, 0.0
+    contexts, seen = [], {}
     batches = run.read_ahead(read, start, data, config.context_updates)
     dues = config.log_every, config.eval_every, config.save_every, config.sample_every
     progress = run.progress(start)
@@ -292,8 +293,8 @@ def distill(
                 lr=config.gsim.lr * lr_factor,
             )  # fmt: skip
             progress.show({name: row[name] for name in ("student_loss", "auxiliary_loss", "y")})
-            widest = widest or DIVERGED * max(row["image_std"], row["token_std"])
-            if row["token_std"] > widest:
+            widest = DIVERGED * max(row["image_std"], row["token_std"])
+            if row["token_std"] > curve.best.setdefault("widest", widest):  # of the first row; a resumed run knows it
                 raise FloatingPointError(
                     f"step {done}: the student has diverged: its tokens have a standard deviation of "
                     f"{row['token_std']:.3g}, the data's is {row['image_std']:.3g}. Start again with more "

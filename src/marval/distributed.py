@@ -229,9 +229,10 @@ def connect(device: str = "auto", shard: bool = False) -> World:
         _watch.start()
         atexit.register(_watch.leave, None)
         cuda = device.startswith("cuda")
+        # one process may write files alone for hours, or encode a last shard; the watch ends dead ones
         dist.init_process_group(
             "cuda:nccl,cpu:gloo" if cuda else "gloo", store=PrefixStore("group", store), rank=rank, world_size=size,
-            timeout=timedelta(minutes=30), device_id=torch.device(device) if cuda else None,
+            timeout=timedelta(days=2), device_id=torch.device(device) if cuda else None,
         )  # fmt: skip
     return World(rank, size, torch.device(device), shard)
 

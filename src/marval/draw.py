@@ -1,7 +1,7 @@
 """Draw sets of images: of classes in turn over all processes, and into files."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,9 +21,12 @@ from marval.update import is_bf16
 
 def sample_in_turn(
     model: Pipeline, classes: Sequence[int | str | None], num_images: int, seed: int, world: World | None = None, *,
-    batch_size: int = 250, title: str = "", **settings: Any,
+    batch_size: int = 250, title: str = "", each: Callable[[int, np.ndarray], None] | None = None, **settings: Any,
 ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
     """Images of the classes in turn, drawn by all processes: image i has class i modulo their number.
+
+    Args:
+        each: called with the number of every image and the image, by the process that has drawn it.
 
     Returns:
         uint8 NHWC images and their int64 labels (num_classes for unconditional ones), complete on every process.
@@ -37,6 +40,9 @@ def sample_in_turn(
         stop = min(start + batch_size, (rank + 1) * share)
         asked = [names[label] for label in labels[start:stop]]
         parts.append(model.sample(asked, seed=seed, first_image=start, batch_size=batch_size, **settings))
+        if each is not None:
+            for i in range(start, min(stop, num_images)):
+                each(i, parts[-1][i - start])
         bar.update(stop - start)
     bar.close()
     images = np.concatenate(parts)
@@ -89,14 +95,18 @@ def save_images(
     count = num_images or len(asked)
     if world.is_main:
         new_folder(out)
+    world.barrier()
     world.shard(model.network)
+    names = [*model.class_names, "none"]
+
+    def save(i: int, image: np.ndarray) -> None:
+        name = file_name(names[model.label(asked[i % len(asked)])])
+        save_png(out / f"{i:0{max(4, len(str(count)))}d}_{name}.png", image)
+
     images, labels = sample_in_turn(
-        model, asked, count, seed, world, batch_size=batch_size, title="sample", **settings
+        model, asked, count, seed, world, batch_size=batch_size, title="sample", each=save, **settings
     )  # fmt: skip
     if world.is_main:
-        names = [*model.class_names, "none"]
-        for i, (image, label) in enumerate(zip(images, labels, strict=True)):
-            save_png(out / f"{i:0{max(4, len(str(count)))}d}_{file_name(names[label])}.png", image)
         columns = len(asked) if 1 < len(asked) <= 16 else min(count, 8)
         save_png(out / "grid.png", image_grid(images, columns, scale=max(1, 64 // images.shape[1])))
         write_atomically(out / "samples.npz", lambda p: write_npz(p, images=images, labels=labels))

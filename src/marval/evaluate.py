@@ -42,10 +42,10 @@ from marval.metrics import (
 from marval.models.classifier import Classifier
 from marval.pipeline import Pipeline
 from marval.reference import Reference, chunk_rows, gather_chunks, load_reference, num_chunks, rounds, split_of
-from marval.reward_files import check_files, listed, parts_of
+from marval.reward_files import check_files, code_of, listed, parts_of
 from marval.rewards import BaseReward, UserReward, class_prompts, load_reward, score
 from marval.rng import generator
-from marval.run import new_folder, versions, writable_folder
+from marval.run import digest_of, new_folder, versions, writable_folder
 from marval.shipped import model_folder
 from marval.tables import check_matplotlib, one_line, pair_table, paired, plot, result_table, sweep_table
 from marval.tokenizers import to_float, to_uint8
@@ -112,7 +112,7 @@ def evaluate(
     model: Pipeline, reference: Reference, network: FeatureNetwork, config: EvaluateConfig,
     settings: Mapping[str, Any] | None = None, *, world: World | None = None,
     rewards: Mapping[str, Reward] | None = None, partial: Path | None = None, png: Path | None = None,
-    weights: str = "", title: str = "evaluate",
+    weights: str = "", code: Mapping[str, str] | None = None, title: str = "evaluate",
 ) -> dict[str, Any]:  # fmt: skip
     """One row of results, with its protocol; on the first process only, the others get {}.
 
@@ -125,7 +125,8 @@ def evaluate(
         rewards: callables (images float NCHW in [0, 1], prompts) -> (B,), by name.
         partial: folder of the finished chunks' features, from which an interrupted evaluation goes on; the caller
             removes it, with the rewards of each image in it (REWARDS_FILE). png: folder for the images. weights:
-            `weights_digest`, needed if the model is sharded.
+            `weights_digest`, needed if the model is sharded. code: digests of what the rewards are made of, which an
+            evaluation that goes on must find the same.
 
     Raises:
         ValueError: settings that the model does not serve, a reference of other features, or a ``partial`` of another
@@ -152,6 +153,7 @@ def evaluate(
         folder = partial or Path(temporary)
         finished = folder / "results.json"
         settings_file = protocol | {"rewards": sorted(rewards), "png": str(png or ""), "chunk": references.CHUNK}
+        settings_file |= code or {}
         pending = _pending(folder, settings_file, finished, world)
         _measure_chunks(model, pending, folder, network, config, settings, rewards, world, png, title)
         if not world.is_main:
@@ -377,7 +379,8 @@ def evaluate_folder(
     model = models[0]
     if before is not None:  # not each with its own defaults
         stored = model.settings(**rows[0])
-        rows = [{name: getattr(stored, name) for name in rows[0]}]
+        chain = () if model.student is None else ("head_steps", "solver")
+        rows = [{name: getattr(stored, name) for name in rows[0] if name not in chain}]
     for other in models:
         other.require_images()
         for row in rows:
@@ -400,6 +403,8 @@ def evaluate_folder(
     if save_reference is not None and world.is_main and not save_reference.exists():
         references.save_reference(save_reference, reference, network)
     digests = [weights_digest(other) for other in models]
+    code = {name: digest_of(path) for name, path in code_of(rewarded).items()}
+    code |= {"classifier": digest_of(Path(classifier))} if classifier and rewarded else {}
     for other in models:
         world.shard(other.network)
     if before is None:
@@ -416,7 +421,7 @@ def evaluate_folder(
         world.barrier()
         results.append(evaluate(
             models[which], reference, network, config, row, world=world, rewards=rewards, png=place,
-            weights=digests[which], partial=partial / "rows" / name, title=title,
+            weights=digests[which], code=code, partial=partial / "rows" / name, title=title,
         ))  # fmt: skip
         if world.is_main and several:
             tqdm.write(f"{title}  {one_line(results[-1])}")

@@ -65,6 +65,9 @@ Measured by `marval evaluate`, with the protocol below them.
 ```
 """
 
+ROOT = r"(?:/(?!/)|~|[A-Za-z]:[\\/])"
+"""How an absolute path begins."""
+
 
 def export(
     model: Path, out: Path, licence: str | None = None, numbers: Path | None = None, half: bool = False,
@@ -99,14 +102,16 @@ def export(
 
 
 def without_folders(values: Any) -> Any:
-    """JSON values with every absolute path cut to its last part."""
+    """JSON values with every absolute path cut to its last part, also within a reward's name."""
     if isinstance(values, dict):
         return {name: without_folders(value) for name, value in values.items()}
     if isinstance(values, list):
         return [without_folders(value) for value in values]
-    if isinstance(values, str) and re.match(r"(/|~|[A-Za-z]:[\\/])", values):
-        return re.split(r"[\\/]", values.rstrip("\\/"))[-1]
-    return values
+    if not isinstance(values, str):
+        return values
+    alone = re.fullmatch(f"{ROOT}[^:*,]*", values)  # may have spaces
+    found = re.compile(f"{ROOT}.*" if alone else rf"(?<![^\s:*,]){ROOT}[^\s:*,]*")
+    return found.sub(lambda path: re.split(r"[\\/]", path[0].rstrip("\\/"))[-1], values)
 
 
 def _table(numbers: Path, pipeline: Pipeline, name: str) -> str:

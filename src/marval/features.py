@@ -28,6 +28,7 @@ from marval.models.classifier import Classifier
 from marval.models.vision import CIFAR10, CifarResNet, MobileNetV2
 from marval.shipped import classifier_folder
 from marval.tokenizers import to_float
+from marval.user_code import import_function
 
 BATCH = 50
 """Images that a network sees at a time. Fixed, so that no setting changes the rounding of its features."""
@@ -289,21 +290,7 @@ def cifar_features(path: Path, device: torch.device) -> FeatureNetwork:
 
 def user_features(spec: str, device: torch.device) -> FeatureNetwork:
     """``path/to/file.py:function``: images float NCHW in [0, 1] on ``device`` -> features, or (features, logits)."""
-    file, _, name = spec.rpartition(":")
-    path = Path(file)
-    if not path.is_file():
-        raise ValueError(f"feature file {file!r} does not exist: give path/to/file.py:function")
-    module_spec = importlib.util.spec_from_file_location(f"marval_features_{path.stem}", path)
-    assert module_spec is not None
-    assert module_spec.loader is not None
-    module = importlib.util.module_from_spec(module_spec)
-    try:
-        module_spec.loader.exec_module(module)
-    except Exception as error:
-        raise ValueError(f"feature file {file!r} fails on import: {type(error).__name__}: {error}") from error
-    function = getattr(module, name, None)
-    if not callable(function):
-        raise ValueError(f"feature file {file!r} has no function {name!r}")
+    function = import_function(spec, "feature")
 
     def run(images: Tensor) -> Features:
         out: Any = function(to_float(images))
@@ -315,4 +302,5 @@ def user_features(spec: str, device: torch.device) -> FeatureNetwork:
                 raise ValueError(f"{spec} gave {what} {found} for {len(images)} images: it must be a tensor (B, n)")
         return Features(features, None, logits)
 
-    return FeatureNetwork(spec, "pixels in [0, 1], no resize", _sha256(path), None, device, run)
+    digest = _sha256(Path(spec.rpartition(":")[0]))
+    return FeatureNetwork(spec, "pixels in [0, 1], no resize", digest, None, device, run)

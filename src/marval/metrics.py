@@ -4,6 +4,7 @@ Everything is computed in float64 from features that a network (`marval.features
 two networks cannot be compared with each other: a value means nothing without the name of its features.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -110,8 +111,8 @@ def inception_score(logits: Tensor, splits: int = 10) -> tuple[float, float]:
     scores = []
     for i in range(splits):
         log_p = logits[i * count // splits : (i + 1) * count // splits].double().log_softmax(1)
-        p = log_p.exp()
-        scores.append(float((p * (log_p - p.mean(0).log())).sum(1).mean().exp()))
+        log_mean = log_p.logsumexp(0) - math.log(len(log_p))  # finite where all probabilities underflow
+        scores.append(float((log_p.exp() * (log_p - log_mean)).sum(1).mean().exp()))
     return float(np.mean(scores)), float(np.std(scores))
 
 

@@ -217,6 +217,8 @@ class Pipeline:
         masking.masked_counts(self.network.config.num_tokens, config.ar_steps)
         respace(self.schedule, config.head_steps)
         if self.student is not None:
+            if chain := [name for name in ("head_steps", "solver") if name in given]:
+                raise ValueError(f"{chain[0]} is for teachers: a student takes evaluations")
             self.student.timesteps(config.evaluations)
         elif config.evaluations > 1:
             raise ValueError(f"evaluations {config.evaluations} is for students: a teacher takes head_steps")
@@ -231,9 +233,11 @@ class Pipeline:
                     )
             else:
                 low, high = self.student.guidance_range
-                first = min(1.0, config.guidance) if config.guidance_schedule == "linear" else config.guidance
-                if not low <= first <= config.guidance <= high:
-                    raise ValueError(f"this student serves guidance in [{low}, {high}], got {config.guidance}")
+                linear = config.guidance_schedule == "linear"
+                scales = (1.0, config.guidance) if linear else (config.guidance,)
+                if not low <= min(scales) <= max(scales) <= high:
+                    way = "1 to " * linear
+                    raise ValueError(f"this student serves guidance in [{low}, {high}], got {way}{config.guidance}")
         return config
 
     def require_images(self) -> None:

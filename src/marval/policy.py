@@ -57,7 +57,7 @@ def group_advantages(rewards: Tensor, group_size: int) -> Tensor:
 
 def dead_groups(rewards: Tensor, group_size: int) -> Tensor:
     """Which groups differ by rounding alone and teach nothing, (groups,), bool: std <= 1e-5 max(|mean|, s), where s is
-    1, or the batch's largest reward if that is smaller."""
+    1, or the largest of these rewards (those of one part of a batch) if that is smaller."""
     groups = rewards.reshape(-1, group_size)
     size = rewards.abs().max().clamp(max=1)
     return groups.std(1) <= 1e-5 * torch.maximum(groups.mean(1).abs(), size)

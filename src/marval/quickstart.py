@@ -23,6 +23,7 @@ from marval.evaluate import (
     head_evaluations_per_token,
     image_moments,
     sample_in_turn,
+    weights_digest,
     write_npz,
 )
 from marval.masking import masked_counts
@@ -161,7 +162,8 @@ def measure(
     partial = out / "evaluation.json"
     cached = read_json(partial) if partial.exists() else {}
     for name, model in everything.items():
-        if name not in cached:
+        weights = weights_digest(model)
+        if cached.get(name, {}).get("weights") != weights:
             images, labels = sample_in_turn(
                 model, range(10), config.num_images, config.seed, title=name, batch_size=250
             )
@@ -171,7 +173,7 @@ def measure(
                 "fid_heldout_features": frechet_distance(moments[judge], image_moments(images, judge)),
                 "accuracy": accuracy, "accuracy_heldout": class_accuracy(images, labels, judge)[0], "reward": reward,
                 "head_evaluations_per_token": head_evaluations_per_token(model),
-                "ar_steps": model.sampling.ar_steps, "num_images": len(images),
+                "ar_steps": model.sampling.ar_steps, "num_images": len(images), "weights": weights,
             }  # fmt: skip
             write_json(partial, cached)
         results[name] = cached[name]

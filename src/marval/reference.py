@@ -14,11 +14,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from marval.checkpoint import write_atomically
-from marval.data import load_dataset
+from marval.data import ImageDataset, load_data
 from marval.distributed import World
 from marval.features import FeatureNetwork
 from marval.images import LazyImages, images_below, read_equal, read_images
-from marval.latents import Split
+from marval.latents import Split, holds_latents
 from marval.metrics import Moments, Statistics
 
 CHUNK = 250
@@ -118,14 +118,11 @@ def load_reference(
     """
     world = world or World(0, 1, network.device)
     data, split = split_of(name)
-    if data == "digits" or split != "all":
-        images = load_dataset(data, split if split != "all" else "train", image_size).images
-        source = "held-out images" if split == "test" else "training split"
-        return _from_images(name, source, len(images), lambda rows: images[rows.start : rows.stop], network, world)
-    path = Path(name)
-    if path.is_dir() and image_size is not None:
-        if not (paths := images_below(path)):
-            read_images(path)  # raises the error that says so
+    path = Path(data if split != "all" else name)
+    if holds_latents(path):
+        raise ValueError(f"{path} holds latents, and images are compared: give the images that they were made from")
+
+    def from_files(paths: list[str], image_size: int, source: str) -> Reference:
         lazy = LazyImages(paths, image_size)
 
         def read(rows: range) -> np.ndarray:
@@ -133,8 +130,20 @@ def load_reference(
                 return read_equal([paths[i] for i in rows], image_size, squares=False)
             return lazy[np.array(rows)]
 
-        source = f"images of a folder, centre-cropped to {image_size}x{image_size}"
         return _from_images(name, source, len(paths), read, network, world)
+
+    if data == "digits" or split != "all":
+        dataset = load_data(data, split if split != "all" else "train", image_size)
+        assert isinstance(dataset, ImageDataset)
+        images = dataset.images
+        source = "held-out images" if split == "test" else "training split"
+        if isinstance(images, LazyImages):
+            return from_files(images.paths, images.image_size, source)
+        return _from_images(name, source, len(images), lambda rows: images[rows.start : rows.stop], network, world)
+    if path.is_dir() and image_size is not None:
+        if not (paths := images_below(path)):
+            read_images(path)  # raises the error that says so
+        return from_files(paths, image_size, f"images of a folder, centre-cropped to {image_size}x{image_size}")
     arrays = _read_npz(path) if path.suffix == ".npz" and path.exists() else {}
     if "mu" not in arrays:
         images = arrays["arr_0"] if "arr_0" in arrays else read_images(path)

@@ -1,7 +1,7 @@
 """What a reward is made of, read off its name: the parts of a sum, and whether the files that it needs are there."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from marval.checkpoint import read_json, tensor_shapes
@@ -9,6 +9,7 @@ from marval.hub import hub_file
 from marval.models.blip import TEXT_CONFIG, TOKENIZER, WEIGHTS
 from marval.models.quality import Brisque
 from marval.shipped import classifier_folder
+from marval.user_code import check_function
 
 KNOWN = (
     "classifier, reads-class, pickscore:SOURCE, clip:SOURCE, hps:SOURCE, imagereward:SOURCE, aesthetic:CLIP:HEAD, "
@@ -56,6 +57,13 @@ def code_files(spec: str) -> list[Path]:
     return [Path(function.rpartition(":")[0]) for function in functions if ".py:" in function]
 
 
+def code_of(specs: Sequence[str]) -> dict[str, Path]:
+    """Their Python files, by a name for each: "code of FILE", with folders where two have one name."""
+    files = list(dict.fromkeys(file for spec in specs for file in code_files(spec)))
+    names = [file.name for file in files]
+    return {f"code of {file.name if names.count(file.name) == 1 else file}": file for file in files}
+
+
 def check_files(spec: str, classifier: str) -> None:
     """Look for what a reward is made of, in seconds, before any large file is read.
 
@@ -82,8 +90,8 @@ def _check_one(spec: str, classifier: str) -> None:
         "imagereward": lambda: _check_imagereward(source),
         "aesthetic": lambda: _check_aesthetic(source),
         "brisque": lambda: Brisque.load(Path(source)),
-        "verifiable": lambda: check_function(source),
-        "exact-match": lambda: check_function(source),
+        "verifiable": lambda: check_function(source, "reward"),
+        "exact-match": lambda: check_function(source, "reward"),
     }
     if kind in checks:
         if not source:
@@ -97,7 +105,7 @@ def _check_one(spec: str, classifier: str) -> None:
     elif ":" not in spec:
         raise ValueError(f"unknown reward {spec!r}: choose {KNOWN}")
     else:
-        check_function(spec)
+        check_function(spec, "reward")
 
 
 def _check_exists(file: Path) -> None:
@@ -113,13 +121,6 @@ def check_classifier(source: str) -> None:
     folder = classifier_folder(source)
     read_json(folder / "config.json")
     tensor_shapes(folder / "model.safetensors")
-
-
-def check_function(spec: str) -> None:
-    """Of ``path/to/file.py:function``, the file."""
-    file = spec.rpartition(":")[0]
-    if not Path(file).is_file():
-        raise ValueError(f"reward file {file!r} does not exist: give path/to/file.py:function")
 
 
 def _check_clip(source: str, rest: str = "") -> None:

@@ -1,7 +1,6 @@
 """Rewards: callables on images (float NCHW in [0, 1]) and their prompts, giving one number per image, (B,)."""
 
 import contextlib
-import importlib.util
 import math
 import os
 import sys
@@ -17,7 +16,7 @@ from marval.imagenet import class_indices
 from marval.models.blip import ImageReward
 from marval.models.clip import Clip
 from marval.models.quality import Brisque
-from marval.reward_files import check_files, check_function, summands
+from marval.reward_files import check_files, summands
 from marval.reward_models import (
     Aesthetic,
     BaseReward,
@@ -30,6 +29,7 @@ from marval.reward_models import (
     ReadsClass,
     load_classifier,
 )
+from marval.user_code import import_function
 
 CHUNK = 32
 """Images that a reward sees at a time while it is calibrated."""
@@ -193,30 +193,6 @@ def name_of(reward: Reward) -> str:
     return getattr(reward, "name", "") or type(reward).__name__
 
 
-def _import_function(spec: str) -> Callable[..., Any]:
-    """``path/to/file.py:function``, or a ValueError."""
-    file, _, name = spec.rpartition(":")
-    path = Path(file)
-    check_function(spec)
-    module_spec = importlib.util.spec_from_file_location(f"marval_reward_{path.stem}", path)
-    if module_spec is None or module_spec.loader is None:
-        raise ValueError(f"reward file {file!r} is not a Python file: its name must end in .py")
-    module = importlib.util.module_from_spec(module_spec)
-    sys.modules[module_spec.name] = module  # dataclasses and pickle look their module up
-    try:
-        module_spec.loader.exec_module(module)
-    except Exception as error:
-        del sys.modules[module_spec.name]
-        raise ValueError(f"reward file {file!r} fails on import: {type(error).__name__}: {error}") from error
-    function = getattr(module, name, None)
-    if function is None:
-        defined = ", ".join(n for n, v in vars(module).items() if callable(v) and not n.startswith("_")) or "none"
-        raise ValueError(f"reward file {file!r} has no function {name!r}: it has {defined}")
-    if not callable(function):
-        raise ValueError(f"{name!r} of {file!r} is a {type(function).__name__}, not a function: name a function")
-    return function
-
-
 def load_reward(
     spec: str, *, classifier: str, class_names: Sequence[str], template: str, device: torch.device | str
 ) -> Reward:
@@ -271,8 +247,10 @@ def _load_one(
         "imagereward": lambda: ImageRewardScore(ImageReward.load(source, device)),
         "aesthetic": lambda: Aesthetic.load(source, device),
         "brisque": lambda: Quality(Brisque.load(Path(source)).to(device)),
-        "verifiable": lambda: Verifiable(_import_function(source)),
-        "exact-match": lambda: exact_match(_import_function(source), dict(zip(prompts, class_names, strict=True))),
+        "verifiable": lambda: Verifiable(import_function(source, "reward")),
+        "exact-match": lambda: exact_match(
+            import_function(source, "reward"), dict(zip(prompts, class_names, strict=True))
+        ),
     }
     if kind in models:
         reward = models[kind]()
@@ -283,7 +261,7 @@ def _load_one(
         return reward
     built_in = {"classifier": ClassifierLogProb, "reads-class": ReadsClass}.get(spec)
     if built_in is None:
-        return UserReward(_import_function(spec))
+        return UserReward(import_function(spec, "reward"))
     network = load_classifier(classifier, device)
     indices = class_indices(network.class_names, class_names)
     if indices is None:

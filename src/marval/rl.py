@@ -33,7 +33,7 @@ from marval.models.lora import adapt
 from marval.models.mar import MAR
 from marval.monitor import Monitor, class_in_turn, image_statistics, trial_size
 from marval.pipeline import Pipeline
-from marval.reward_files import check_classifier, check_files, code_files, listed
+from marval.reward_files import check_classifier, check_files, code_of, listed
 from marval.rewards import (
     RewardError,
     WeightedSum,
@@ -150,8 +150,7 @@ def align(config: RLConfig, student_folder: Path, out: Path, resume: bool, best:
     algorithm = algorithms[config.algorithm](model, reward, config, base.network)
     folders = {"student": str(student_folder), "classifier": config.classifier, "judge": config.judge}
     inputs = {name: Path(path) for name, path in folders.items() if path}
-    code = [file for spec in (config.reward, *listed(config.held_out)) for file in code_files(spec)]
-    run = Run(out, "rl", config, resume, world, inputs | {f"code of {file.name}": file for file in code})
+    run = Run(out, "rl", config, resume, world, inputs | code_of([config.reward, *listed(config.held_out)]))
     start = run.restore(stateful, best)
     if isinstance(reward, WeightedSum):
         reward.means, reward.stds = best["units"]
@@ -226,7 +225,8 @@ def align(config: RLConfig, student_folder: Path, out: Path, resume: bool, best:
         low, high = guidance_range or (base.student.guidance,) * 2
         w = low + (high - low) * torch.rand(count, 1, generator=g, device=world.device)
         z, exploration = torch.randn(2, config.batch, length, dim, generator=g, device=world.device)
-        labels, orders, w, z = (x.repeat_interleave(group, dim=0) for x in (labels, orders, w, z[::group]))
+        z = z[::group] * model.sampling.temperature
+        labels, orders, w, z = (x.repeat_interleave(group, dim=0) for x in (labels, orders, w, z))
         masked_count = masking.inference_masked_count(length, config.ar_steps, float(torch.rand((), generator=host)))
         grad_steps = policy.gradient_steps(config.ar_steps, config.grad_ar_steps, config.grad_ar_choice, host)
         batch = Batch(labels, [prompts[i] for i in labels.tolist()], orders, z, w, exploration, grad_steps)
@@ -266,7 +266,10 @@ def align(config: RLConfig, student_folder: Path, out: Path, resume: bool, best:
 
         # ---- update the student
         grad_norm = torch.zeros(())
-        for _ in range(config.inner_updates if config.algorithm == "group" else 1):
+        for inner in range(config.inner_updates if config.algorithm == "group" else 1):
+            if inner > 0 and matching is not None and matching.backbone_moves:
+                with autocast(config, world.device):
+                    contexts = [matching.refresh(context) for context in contexts]
             update_watched: dict[str, Tensor] = {}
             for rollout, (_, _, weight) in zip(rollouts, parts, strict=True):
                 values = algorithm.backward(rollout, update, weight, last=matching is None and rollout is rollouts[-1])

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from marval import __version__
-from marval.checkpoint import load_state, read_json, save_state, write_json
+from marval.checkpoint import load_state, read_json, save_state, write_atomically, write_json
 from marval.config import RunConfig, filled, to_dict
 from marval.data import ImageDataset, LazyImages, prefetch
 from marval.distributed import World, restore, whole_state
@@ -153,8 +153,10 @@ class Run:
         if (steps != step).any():
             raise ValueError(f"{self.out} is not one folder for all processes: put --out where all machines see it")
         if self.world.is_main and self.metrics_file.exists():  # drop what was logged after the checkpoint
-            lines = [line for line in self.metrics_file.read_text().splitlines(True) if line.endswith("\n")]
-            self.metrics_file.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
+            lines = self.metrics_file.read_text().splitlines(True)
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+            if kept != lines:
+                write_atomically(self.metrics_file, lambda path: path.write_text("".join(kept)))
         return max(step, 0)
 
     def save(self, step: int) -> None:

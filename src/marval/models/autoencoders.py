@@ -4,6 +4,7 @@ Images are float NCHW in [0, 1], of a side that is a multiple of the stride; lat
 them. Scale, shift and patches are the tokenizer's (`marval.tokenizers`).
 """
 
+import filecmp
 import hashlib
 import os
 import shutil
@@ -117,7 +118,7 @@ def link_autoencoder(source: Path, target: Path) -> None:
     for name in (WEIGHTS, CONFIG):  # the config last: a folder that has one is complete
         old, new = (source / name).resolve(), target / name
         if new.exists():
-            if not new.samefile(old) and new.stat().st_size != old.stat().st_size:
+            if not new.samefile(old) and not filecmp.cmp(old, new, shallow=False):
                 raise ValueError(f"{target} holds another autoencoder than {source}: choose another folder")
             continue
         try:
