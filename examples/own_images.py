@@ -11,6 +11,8 @@ from marval.distill import distill
 from marval.recipes import digits_student, digits_teacher
 from marval.train import train
 
+if len(sys.argv) < 3:
+    sys.exit(__doc__)
 folder, out = sys.argv[1], Path(sys.argv[2])
 updates = int(sys.argv[3]) if len(sys.argv) > 3 else 3000
 sizes = {"data": folder, "image_size": 32, "steps": updates}

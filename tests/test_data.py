@@ -93,6 +93,18 @@ def test_folder_holds_out_every_fifth_of_each_class(folder: Path):
     assert len(load_dataset(str(folder), "all")) == 14
 
 
+def test_pictures_that_no_one_will_see_are_told_of(folder: Path, capsys: pytest.CaptureFixture[str]):
+    load_dataset(str(folder))
+    assert not capsys.readouterr().err
+    data_module._tell_left_out.cache_clear()
+    Image.new("L", (8, 8)).save(folder / "a" / "x.gif")
+    save_png(folder / "stray.png", picture())
+    for _ in range(2):
+        load_dataset(str(folder))
+    warning = f"marval: warning: 2 pictures in {folder} are left out, such as {folder / 'stray.png'}"
+    assert capsys.readouterr().err.count(warning) == 1
+
+
 def test_a_single_image_is_for_training(folder: Path):
     (folder / "c").mkdir()
     save_png(folder / "c" / "only.PNG", picture(99))

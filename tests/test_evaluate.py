@@ -399,7 +399,12 @@ def test_an_interrupted_evaluation_goes_on(tmp_path: Path, monkeypatch: pytest.M
         "resumed.json", "resumed.png", "whole.json", "whole.png",
     ]  # fmt: skip
     with pytest.raises(ValueError, match=r"resumed\.json exists"):
-        evaluate_folder(tiny.student(), out, settings, resume=True)
+        evaluate_folder(tiny.student(), out, settings)
+    before = out.read_bytes()
+    evaluate_folder(tiny.student(), out, settings, resume=True)  # of what is finished nothing is left to do
+    assert (drawn, out.read_bytes()) == ([10, 20], before)
+    with pytest.raises(ValueError, match=r"resumed\.json exists, with seed = 0, not 1: choose another --out"):
+        evaluate_folder(tiny.student(), out, config(ar_steps="2,4", seed=1), resume=True)
 
 
 WORK = (

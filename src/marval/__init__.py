@@ -1,7 +1,7 @@
 """marval: one-step, reward-aligned masked autoregressive image models (MARVAL, arXiv 2511.15190).
 
 >>> import marval
->>> model = marval.load("runs/quickstart/student")
+>>> model = marval.load("digits/student")
 >>> images = model.sample(classes=[3, 7], seed=0)  # uint8 NHWC
 """
 

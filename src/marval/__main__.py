@@ -53,6 +53,7 @@ def train_verb(args: list[str]) -> None:
         if dry_run:
             plan("train", name, config, None, processes)
             return
+        check_alone(processes)
         from marval.train import train
 
         out = needed(out, "out")
@@ -85,6 +86,7 @@ def distill_verb(args: list[str]) -> None:
         if dry_run:
             plan("distill", name, config, teacher, processes)
             return
+        check_alone(processes)
         from marval.distill import distill
         from marval.shipped import model_folder
 
@@ -116,6 +118,7 @@ def rl_verb(args: list[str]) -> None:
         if dry_run:
             plan("rl", name, config, student, processes)
             return
+        check_alone(processes)
         from marval.rl import rl
         from marval.shipped import model_folder
 
@@ -132,6 +135,12 @@ def needed(value: Path | None, flag: str) -> Path:
     if value is None:
         raise ValueError(f"--{flag} is missing")
     return value
+
+
+def check_alone(processes: int) -> None:
+    """Raises ValueError where --processes stands outside of a dry run."""
+    if processes != 1:
+        raise ValueError(f"--processes is for --dry-run: start {processes} with torchrun --nproc-per-node {processes}")
 
 
 def plan(verb: Any, recipe: str, config: Any, folder: Path | None, processes: int) -> None:
@@ -252,6 +261,7 @@ def evaluate_verb(args: list[str]) -> None:
         if dry_run:
             plan("evaluate", name, config, model, processes)
             return
+        check_alone(processes)
         from marval.evaluate import evaluate_folder
 
         evaluate_folder(needed(model, "model"), needed(out, "out"), config, resume, png, save_reference, before)
@@ -335,6 +345,8 @@ def classifier_verb(args: list[str]) -> None:
             raise ValueError(f"epochs {epochs} must be at least 1")
         where = connect(device).device
         splits = [load_dataset(data, split, image_size) for split in ("train", "test")]
+        if len(splits[0].class_names) < 2:
+            raise ValueError(f"data {data} have one class: a classifier tells classes apart, so give two or more")
         new_folder(out)
         classifier, metrics = train_classifier(*splits, arch=arch, epochs=epochs, seed=seed, device=where)
         classifier.save(out)

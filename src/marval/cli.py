@@ -47,6 +47,7 @@ def parse(function: Callable[..., None], verb: str, args: list[str]) -> None:
             raise
         text = re.sub("[╰╯│─]+|-{3,}", " ", message.getvalue().partition("\n")[2])  # without the box and its title
         text = re.sub(r"^Error parsing config[.\w]*: ", "", " ".join(text.split()))  # checks name what they check
+        text = re.sub(r"^Error parsing (--\S+): invalid literal .*: ('.*?') Argument.*", r"\1 \2 is no integer", text)
         raise ValueError(f"{text.split(' For full helptext')[0]}; see marval {verb} --help") from None
     call()
 

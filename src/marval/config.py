@@ -2,6 +2,9 @@
 
 import dataclasses
 import itertools
+import numbers as kinds
+import os
+import sys
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,6 +13,12 @@ def check(condition: bool, message: str) -> None:
     """Raise ValueError(message) unless the condition holds: user input, not invariants."""
     if not condition:
         raise ValueError(message)
+
+
+def warn(what: str) -> None:
+    """A line on stderr, of one of several processes only."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"marval: warning: {what}", file=sys.stderr, flush=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,11 +72,11 @@ class StudentConfig:
 
     t_init: int = 300
     """Timestep of the one evaluation of the head, or the first. On the cosine schedule sigma/alpha is 0.5 at 300 and
-    2.5 at 755; from 300 students follow their teachers more closely (docs/LOG.md, 2026-11-27, twentieth session)."""
+    2.5 at 755; from 300 students follow their teachers more closely."""
     evaluations: int = 1
     """Most evaluations of the head per token that it is distilled for; it draws with any number that divides this one.
     Each but the first starts from the token before it, noised anew, at a timestep evenly below t_init: give them a
-    higher one, 755 (docs/LOG.md, as above). Rollouts, the curve of quality and RL draw with one."""
+    higher one, 755. Rollouts, the curve of quality and RL draw with one."""
     guidance: float = 1.5
     """Guidance scale the student was distilled for; with a range, the default at sampling."""
     guidance_range: tuple[float, float] | None = None
@@ -80,7 +89,8 @@ class StudentConfig:
         check(self.guidance >= 0, f"guidance must not be negative, got {self.guidance}")
         if self.guidance_range is not None:
             low, high = self.guidance_range
-            check(0 <= low <= self.guidance <= high, f"guidance {self.guidance} is outside guidance_range {low} {high}")
+            check(0 <= low <= high, f"guidance_range {low} {high} must be two scales of 0 or more, the lower one first")
+            check(low <= self.guidance <= high, f"guidance {self.guidance} is outside guidance_range {low} {high}")
 
     @property
     def choices(self) -> tuple[int, ...]:
@@ -126,6 +136,13 @@ class SamplingConfig:
     against cached keys and values: faster, not exact (marval.models.cached). 1 is exact."""
 
     def __post_init__(self) -> None:
+        for kind, what, names in (
+            (kinds.Integral, "an integer", ("ar_steps", "head_steps", "evaluations", "refresh_every")),
+            (kinds.Real, "a number", ("guidance", "temperature")),
+        ):
+            for name in names:
+                value = getattr(self, name)
+                check(isinstance(value, kind), f"{name} must be {what}, got {value!r}")
         check(self.ar_steps >= 1, f"the number of AR steps must be at least 1, got {self.ar_steps}")
         check(self.refresh_every >= 1, f"refresh_every must be at least 1, got {self.refresh_every}")
         check(self.head_steps >= 1, f"the number of denoising steps must be at least 1, got {self.head_steps}")
@@ -259,7 +276,7 @@ class TrainConfig(CurveConfig):
     warmup: int = 100
     """Updates of linear warm-up."""
     decay: bool = True
-    """Whether the learning rate decays to zero by a cosine, or (--no-decay) stays constant, as MAR trains."""
+    """Let the learning rate decay to zero by a cosine; without, it stays constant, as MAR trains."""
     class_drop: float = 0.1
     """Probability of training an image without its class."""
     mask_ratios: Literal["training", "inference"] = "training"
@@ -341,23 +358,22 @@ class DistillConfig(CurveConfig):
     three heads, but the head cannot see what guidance depends on (docs/method.md)."""
     auxiliary: Literal["head", "network"] = "head"
     """A head on the student's conditions; or, with trained all, a whole network: half as much work again, and in small
-    pictures 5 % less FID (docs/LOG.md)."""
+    pictures 5 % less FID."""
     mask_ratios: Literal["training", "inference", "tokens"] = "inference"
     """Masked tokens per context: the training distribution, or that of the K AR steps of sampling, each as likely as
     the other or (tokens) as often as it draws tokens, which late ones do most. Of 64 tokens CIFAR-10's student went on
-    better (FID 10 % below its start's), of 16 digits' the same, of 64 latents of Imagenette worse (docs/LOG.md,
-    2026-11-27, seventeenth and nineteenth session)."""
+    better (FID 10 % below its start's), of 16 digits' the same, of 64 latents of Imagenette worse."""
     rollout: float = 0.0
     """Share of updates whose contexts come from the student's own rollout instead of data."""
     context_updates: int = 1
     """Updates in a row on the same contexts, with new noise: 2 and more save passes through the teacher's backbone, the
-    only one with trained head (docs/LOG.md)."""
+    only one with trained head."""
     ar_steps: int = 8
     """AR steps K of inference mask ratios, of rollouts and of sampling."""
     warmup: int = 20
     """Updates of linear warm-up of both learning rates."""
     decay: bool = True
-    """Whether both learning rates decay to zero by a cosine, or (--no-decay) stay constant."""
+    """Let both learning rates decay to zero by a cosine; without, they stay constant."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -412,7 +428,7 @@ class RLConfig(RunConfig):
     grad_ar_choice: Literal["last", "random"] = "last"
     """Which: the last ones, or others at random in each update."""
     checkpoint_ar_steps: bool = True
-    """Whether only the tokens of each AR step are stored and the rest is recomputed in the backward pass, or all is."""
+    """Store only the tokens of each AR step, and recompute the rest in the backward pass; without, store all."""
     group_size: int = 8
     """Images per group; a group shares class, order and the student's noise (algorithm group)."""
     std: float = 0.1

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import os
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,7 +15,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from marval.images import SUFFIXES, LazyImages, center_crop, images_below, open_image, read_equal
+from marval.config import warn
+from marval.images import SUFFIXES, UNREAD, LazyImages, center_crop, images_below, is_image, open_image, read_equal
 from marval.images import image_grid as image_grid  # these three are imported from here too
 from marval.images import read_images as read_images
 from marval.images import save_png as save_png
@@ -136,7 +138,8 @@ def _npz(path: Path, split: Split, image_size: int | None, classes: Classes) -> 
         with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
     except Exception as error:  # numpy raises ValueError, OSError, EOFError, BadZipFile, ...
-        raise ValueError(f"cannot read {path}: {error}") from None
+        what = f"{error}" if isinstance(error, OSError) else "it is damaged, or not of numpy.savez"
+        raise ValueError(f"cannot read {path}: {what}") from None
     if missing := [name for name in ("images", "labels", "class_names") if name not in arrays]:
         raise ValueError(f"{path} has no {missing[0]!r}: it needs images, labels and class_names")
     images, labels, names = arrays["images"], arrays["labels"], [str(name) for name in arrays["class_names"]]
@@ -226,11 +229,22 @@ def class_files(root: Path) -> dict[str, list[str]]:
     if splits := [folder.name for folder in classes if folder.name in ("train", "val", "test")]:
         inside = root / splits[0]
         raise ValueError(f"{root} holds {splits[0]}/ where classes should be: give {inside}, or class folders in each")
+    _tell_left_out(root, tuple(classes))
     files = {folder.name: images_below(folder) for folder in classes}
     for folder in classes:
         if not files[folder.name]:
             raise ValueError(f"class folder {folder} has no images ({' '.join(SUFFIXES)}): add some, or remove it")
     return files
+
+
+@functools.cache  # once, however often the folder is read
+def _tell_left_out(root: Path, classes: tuple[Path, ...]) -> None:
+    """Warn of pictures that no one will see: beside the class folders, or of formats that are not read."""
+    odd = [path for path in sorted(root.iterdir()) if path.is_file() and is_image(path.name)]
+    odd += [f / name for f in classes for name in sorted(os.listdir(f)) if name.lower().endswith(UNREAD)]
+    if odd:
+        what = f"{len(odd)} pictures in {root} are left out, such as {odd[0]}"
+        warn(f"{what}: they lie beside the class folders, or are not of {' '.join(SUFFIXES)}")
 
 
 def _split(paths: list[str], split: Split) -> list[str]:

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from marval import reference as references
 from marval.checkpoint import read_json, write_atomically, write_json
-from marval.config import EvaluateConfig, RunConfig, to_dict
+from marval.config import EvaluateConfig, RunConfig, to_dict, warn
 from marval.distributed import World, connect
 from marval.draw import file_name
 from marval.draw import head_evaluations_per_token as head_evaluations_per_token  # these are imported from here too
@@ -53,6 +53,8 @@ from marval.update import autocast, is_bf16
 
 SPLITS, NEIGHBOURS = 10, 3
 """Of the Inception Score; of precision and recall."""
+FEW = 500
+"""Images below which a distance says more about their number than about the model."""
 _KID_KEY = 0x41D  # sets the stream of KID's subsets apart from every other use of the seed
 PREFIX, REWARDS_FILE = "reward ", "rewards.npz"
 """Of the rewards among what is kept of each image; and the file of the rewards alone."""
@@ -353,6 +355,12 @@ def evaluate_folder(
         raise ValueError("--before compares two models at one setting: give one value of each")
     world = connect(config.device, config.shard)
     rows, partial = config.settings(), out.with_name(f"{out.name}.partial")
+    if resume and out.is_file() and not partial.exists():
+        done = _finished(out, config, folder, before)
+        world.barrier()
+        if world.is_main:
+            print(f"{done}\nfinished before: {out}")
+        return
     picture = out.with_suffix(".png") if len(rows) > 1 else None
     goes_on = resume and (partial / "rows").is_dir()
     for path, flag in ((out, "out"), (picture, "out"), (save_reference, "save-reference"), (png, "png")):
@@ -365,7 +373,8 @@ def evaluate_folder(
         raise ValueError("name what to compare with: --reference digits, a folder of images, or an .npz")
     data = split_of(config.reference)[0]
     if data != "digits" and not Path(data).exists():
-        raise ValueError(f"--reference {config.reference} does not exist: give digits, a folder of images, or an .npz")
+        raise ValueError(f"--reference {config.reference} does not exist: give digits, a folder of images, or an .npz; "
+                         "of the first and of an .npz also a split, as DATA:train or DATA:test")  # fmt: skip
     if picture is not None:
         check_matplotlib()
     world.barrier()  # every process has looked at the files before one is written
@@ -402,6 +411,8 @@ def evaluate_folder(
     check_features(model, reference, network)
     if save_reference is not None and world.is_main and not save_reference.exists():
         references.save_reference(save_reference, reference, network)
+    if config.num_images < FEW:
+        warn(f"distances of {config.num_images} images are mostly those of so few: compare them at equal counts only")
     digests = [weights_digest(other) for other in models]
     code = {name: digest_of(path) for name, path in code_of(rewarded).items()}
     code |= {"classifier": digest_of(Path(classifier))} if classifier and rewarded else {}
@@ -442,6 +453,22 @@ def evaluate_folder(
         shutil.rmtree(partial)
         print(f"written to {out}")
     world.barrier()
+
+
+def _finished(out: Path, config: EvaluateConfig, folder: Path, before: Path | None) -> str:
+    """The results that are there already, as people read them; ValueError if they are those of other settings."""
+    results = read_json(out)
+    rows = results.get("rows", [results]) if isinstance(results, dict) else []
+    try:
+        protocol = rows[0]["protocol"]
+    except (LookupError, TypeError):
+        raise ValueError(f"{out} is no result of marval evaluate: choose another --out") from None
+    for name in ("num_images", "seed", "reference"):
+        if protocol.get(name) != (now := getattr(config, name)):
+            raise ValueError(f"{out} exists, with {name} = {protocol.get(name)!r}, not {now!r}: choose another --out")
+    if "before" in results:
+        return pair_table(results, str(folder), str(before))
+    return sweep_table(rows, str(folder)) if "rows" in results else result_table(results, str(folder))
 
 
 def _draws(model: Pipeline) -> tuple[Any, ...]:

@@ -115,6 +115,8 @@ def without_folders(values: Any) -> Any:
 
 
 def _table(numbers: Path, pipeline: Pipeline, name: str) -> str:
+    if not numbers.exists():
+        raise ValueError(f"--numbers {numbers} does not exist: marval evaluate --out writes it")
     results = read_json(numbers)
     rows = results.get("rows", [results]) if isinstance(results, dict) else []
     try:

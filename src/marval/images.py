@@ -6,11 +6,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from marval.checkpoint import write_atomically
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+UNREAD = (".gif", ".tif", ".tiff", ".avif", ".heic", ".jfif", ".jp2")
+"""Of pictures too, which must be converted first."""
 THREADS = min(16, os.cpu_count() or 1)
 """That decode image files."""
 
@@ -66,6 +68,8 @@ def decode_image(data: bytes, path: str) -> Image.Image:
         image.load()
     except Exception as error:  # decoders raise OSError, SyntaxError, zlib.error, struct.error, ...
         reason = f"{error or type(error).__name__}".splitlines()[0]
+        if isinstance(error, UnidentifiedImageError):  # it speaks of our BytesIO
+            reason = "not of a known format"
         raise ValueError(f"{path} cannot be read as an image ({reason}): replace or remove it") from None
     if image.mode.startswith(("I", "F")) or (image.format == "PNG" and data[24] == 16):
         raise ValueError(f"{path} has more than 8 bits per channel: save it with 8 bits")

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from marval.config import RLConfig
+from marval.config import RLConfig, warn
 from marval.distributed import World
 from marval.features import FeatureNetwork, load_features
 from marval.metrics import Statistics, frechet_distance, kernel_distance, precision_recall
@@ -32,7 +32,6 @@ from marval.rewards import (
     load_reward,
     name_of,
     score,
-    warn,
 )
 from marval.rng import generator
 from marval.run import digest_of

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import numbers
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -124,6 +125,7 @@ class Pipeline:
 
         Args:
             path: the folder, or a name such as ``fashion-mnist/student`` (`marval.shipped`).
+            device: as PyTorch names it; or ``auto``: cuda where there is a GPU.
             weights: the average that model.safetensors holds; or, from a run's checkpoint.pt, what was trained, as it
                 is after the last update.
             dtype: of the weights; bf16 is for sampling only, at half the memory.
@@ -132,6 +134,12 @@ class Pipeline:
             ValueError: something is missing, damaged or does not fit; the message names the file and the tensor.
         """
         path = model_folder(path)
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        try:
+            device = torch.device(device)
+        except RuntimeError:
+            raise ValueError(f"unknown device {device!r}: choose auto, cpu or cuda") from None
         check(weights in ("ema", "raw"), f"unknown weights {weights!r}: choose ema or raw")
         check(dtype in ("float32", "bf16"), f"unknown dtype {dtype!r}: choose float32 or bf16")
         sizes, student, config = read_config(path)
@@ -195,15 +203,15 @@ class Pipeline:
         lower = {known.lower(): index for index, known in enumerate(self.class_names)}
         if isinstance(name, str) and name.lower() in lower:
             return lower[name.lower()]
-        try:
+        index = -1
+        if isinstance(name, numbers.Integral) or (isinstance(name, str) and name.strip().isdecimal()):
             index = int(name)
-        except ValueError:
-            index = -1
         if not 0 <= index < len(self.class_names):
-            near = difflib.get_close_matches(str(name).lower(), lower, n=3)
-            some = [self.class_names[lower[word]] for word in near] or self.class_names[:12]
-            known = ", ".join(some) + (", ..." if len(self.class_names) > len(some) else "")
-            raise ValueError(f"unknown class {name!r}: give an index in [0, {len(self.class_names) - 1}] or of {known}")
+            near = [self.class_names[lower[word]] for word in difflib.get_close_matches(str(name).lower(), lower, n=3)]
+            meant = f" (did you mean {' or '.join(map(repr, near))}?)" if near else ""
+            some = "" if near else ", such as " + ", ".join(self.class_names[:12])
+            indices = f"an index in [0, {len(self.class_names) - 1}]"
+            raise ValueError(f"unknown class {name!r}{meant}: give {indices} or a name{some}")
         return index
 
     def settings(self, **overrides: Any) -> SamplingConfig:
@@ -323,6 +331,8 @@ class Pipeline:
             raise ValueError("classes is empty: give at least one, or None for unconditional images")
         if num_images is None:
             num_images = len(given) if images is None else len(images)
+            if num_images < len(given):
+                raise ValueError(f"{len(given)} classes for {num_images} images to inpaint: give as many images")
         if num_images < 1:
             raise ValueError(f"the number of images must be at least 1, got {num_images}")
         labels = [self.label(given[i % len(given)]) for i in range(num_images)]

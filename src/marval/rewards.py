@@ -2,8 +2,6 @@
 
 import contextlib
 import math
-import os
-import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from marval.config import warn
 from marval.imagenet import class_indices
 from marval.models.blip import ImageReward
 from marval.models.clip import Clip
@@ -59,12 +58,6 @@ def during(what: str) -> Iterator[None]:
         yield
     except RewardError as error:
         raise RewardError(f"{what}: {error}") from error
-
-
-def warn(what: str) -> None:
-    """A line on stderr, of one of several processes only."""
-    if os.environ.get("RANK", "0") == "0":
-        print(f"marval: warning: {what}", file=sys.stderr, flush=True)
 
 
 def prompt_for(template: str, class_name: str) -> str:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from marval import masking, policy, rng
 from marval.algorithms import Batch, GroupGradient, RewardGradient
 from marval.checkpoint import save_tensors
-from marval.config import RLConfig
+from marval.config import RLConfig, warn
 from marval.distributed import connect, template, whole, whole_copy
 from marval.ema import EMA
 from marval.matching import (
@@ -43,7 +43,6 @@ from marval.rewards import (
     class_prompts,
     during,
     load_reward,
-    warn,
 )
 from marval.run import Run
 from marval.tokenizers import to_float

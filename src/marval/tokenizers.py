@@ -42,7 +42,8 @@ class PixelTokenizer:
 
     def __post_init__(self) -> None:
         if self.image_size % self.patch_size:
-            raise ValueError(f"image size {self.image_size} is not a multiple of the patch size {self.patch_size}")
+            raise ValueError(f"image size {self.image_size} is not a multiple of the patch size {self.patch_size}: "
+                             "choose another --image-size or --patch-size")  # fmt: skip
         if self.channels not in (1, 3):
             raise ValueError(f"images must have 1 or 3 channels, got {self.channels}")
 

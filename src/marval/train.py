@@ -31,13 +31,20 @@ def tokenizer_for(config: TrainConfig, data: ImageDataset | LatentDataset) -> To
 
 
 def sizes(config: TrainConfig, tokenizer: Tokenizer, num_classes: int) -> MARConfig:
-    """The network's sizes for the tokens of a tokenizer."""
+    """The network's sizes for the tokens of a tokenizer.
+
+    Raises:
+        ValueError: the settings ask for what data and patch size decide.
+    """
+    decided = {"grid": tokenizer.grid, "token_dim": tokenizer.token_dim, "num_classes": num_classes}
+    for name, value in decided.items():
+        if (given := getattr(config.model, name)) not in (value, getattr(MARConfig(), name)):
+            flag = f"--model.{name.replace('_', '-')}"
+            raise ValueError(f"model.{name} is {value} by data and patch size, not {given}: leave {flag} out")
     head_width = config.model.head_width
     if config.widen_head:
         head_width = head_width * recommended_head_width(tokenizer.token_dim) // recommended_head_width(16)
-    return dataclasses.replace(
-        config.model, grid=tokenizer.grid, token_dim=tokenizer.token_dim, num_classes=num_classes, head_width=head_width
-    )
+    return dataclasses.replace(config.model, **decided, head_width=head_width)
 
 
 def build_teacher(config: TrainConfig, tokenizer: Tokenizer, class_names: list[str]) -> Pipeline:
