@@ -122,9 +122,11 @@ def test_user_file(tmp_path: Path, images: Tensor):
     torch.testing.assert_close(check_reward(dark, images, prompts), -images.mean((1, 2, 3)))
     (tmp_path / "broken.py").write_text("import nothing_of_this_name\n")
     (tmp_path / "notes.txt").write_text("")
+    (tmp_path / "few.py").write_text("def images_only(images):\n    return images.mean((1, 2, 3))\n")
     for spec, message in (
         (f"{file}:blue", r"has no function 'blue': it has bright, dark"),
-        (f"{file}:number", r"is a int, not a function"),
+        (f"{file}:number", r"is 3, not a function"),
+        (f"{tmp_path}/few.py:images_only", r"is called as images_only\(images, prompts\): too many positional"),
         (f"{tmp_path}/nowhere.py:f", r"does not exist: give path/to/file.py:function"),
         (f"{tmp_path}/broken.py:f", r"fails on import: ModuleNotFoundError: No module named 'nothing_of_this_name'"),
         (f"{tmp_path}/notes.txt:f", r"its name must end in .py"),

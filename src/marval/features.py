@@ -290,7 +290,7 @@ def cifar_features(path: Path, device: torch.device) -> FeatureNetwork:
 
 def user_features(spec: str, device: torch.device) -> FeatureNetwork:
     """``path/to/file.py:function``: images float NCHW in [0, 1] on ``device`` -> features, or (features, logits)."""
-    function = import_function(spec, "feature")
+    function = import_function(spec, "feature", "images")
 
     def run(images: Tensor) -> Features:
         out: Any = function(to_float(images))

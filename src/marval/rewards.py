@@ -240,9 +240,9 @@ def _load_one(
         "imagereward": lambda: ImageRewardScore(ImageReward.load(source, device)),
         "aesthetic": lambda: Aesthetic.load(source, device),
         "brisque": lambda: Quality(Brisque.load(Path(source)).to(device)),
-        "verifiable": lambda: Verifiable(import_function(source, "reward")),
+        "verifiable": lambda: Verifiable(import_function(source, "reward", "images", "prompts")),
         "exact-match": lambda: exact_match(
-            import_function(source, "reward"), dict(zip(prompts, class_names, strict=True))
+            import_function(source, "reward", "images"), dict(zip(prompts, class_names, strict=True))
         ),
     }
     if kind in models:
@@ -254,7 +254,7 @@ def _load_one(
         return reward
     built_in = {"classifier": ClassifierLogProb, "reads-class": ReadsClass}.get(spec)
     if built_in is None:
-        return UserReward(import_function(spec, "reward"))
+        return UserReward(import_function(spec, "reward", "images", "prompts"))
     network = load_classifier(classifier, device)
     indices = class_indices(network.class_names, class_names)
     if indices is None:

@@ -1,6 +1,7 @@
 """Functions of a user's own file, named as ``path/to/file.py:function``."""
 
 import importlib.util
+import inspect
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,11 +15,14 @@ def check_function(spec: str, what: str) -> None:
         raise ValueError(f"{what} file {file!r} does not exist: give path/to/file.py:function")
 
 
-def import_function(spec: str, what: str) -> Callable[..., Any]:
+def import_function(spec: str, what: str, *arguments: str) -> Callable[..., Any]:
     """The function.
 
+    Args:
+        what: a word for messages. arguments: names of what it is called with, in order.
+
     Raises:
-        ValueError: no such file or function, or the file fails on import.
+        ValueError: no such file or function, the file fails on import, or the function takes other arguments.
     """
     check_function(spec, what)
     file, _, name = spec.rpartition(":")
@@ -38,5 +42,11 @@ def import_function(spec: str, what: str) -> Callable[..., Any]:
         defined = ", ".join(n for n, v in vars(module).items() if callable(v) and not n.startswith("_")) or "none"
         raise ValueError(f"{what} file {file!r} has no function {name!r}: it has {defined}")
     if not callable(function):
-        raise ValueError(f"{name!r} of {file!r} is a {type(function).__name__}, not a function: name a function")
+        raise ValueError(f"{name!r} of {file!r} is {function!r:.50}, not a function: name a function")
+    try:
+        inspect.signature(function).bind(*arguments)
+    except TypeError as error:
+        raise ValueError(f"{what} {spec!r} is called as {name}({', '.join(arguments)}): {error}") from None
+    except ValueError:  # a function in C may not say what it takes
+        pass
     return function
