@@ -256,7 +256,7 @@ def sample(case: Case) -> dict[str, Any]:
     model = Pipeline.load(case.root / folder, device)
     classes = list(range(case.batch))
     with autocast(RunConfig(), device):
-        model.sample(classes, **{**settings, "ar_steps": 1, "head_steps": 1})
+        model.sample(classes, **{**settings, "ar_steps": 1, **({"head_steps": 1} if settings else {})})
         start = time.perf_counter()
         images = model.sample(classes, ar_steps=case.ar_steps, batch_size=case.batch, **settings)
     spent = time.perf_counter() - start

@@ -312,6 +312,8 @@ def test_before_and_after(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert "teacher; then student" in printed
     assert sorted(os.listdir(out.parent)) == ["out.json"]
 
+    evaluate_folder(tiny.student(), out, settings, png=png, resume=True, before=tiny.teacher())
+    assert "finished before" in capsys.readouterr().out
     with pytest.raises(ValueError, match="--before compares two models at one setting: give one value"):
         evaluate_folder(tiny.student(), out, config(ar_steps="2,4"), before=tiny.teacher())
     with pytest.raises(ValueError, match="draws other classes, images or tokens than"):
@@ -403,8 +405,17 @@ def test_an_interrupted_evaluation_goes_on(tmp_path: Path, monkeypatch: pytest.M
     before = out.read_bytes()
     evaluate_folder(tiny.student(), out, settings, resume=True)  # of what is finished nothing is left to do
     assert (drawn, out.read_bytes()) == ([10, 20], before)
-    with pytest.raises(ValueError, match=r"resumed\.json exists, with seed = 0, not 1: choose another --out"):
-        evaluate_folder(tiny.student(), out, config(ar_steps="2,4", seed=1), resume=True)
+    for model, other, message in (
+        (tiny.student(), config(ar_steps="2,4", seed=1), "with seed = 0, not 1: choose another --out"),
+        (tiny.student(), config(ar_steps="2,3"), "with ar_steps = 4, not 3"),
+        (tiny.student(), config(ar_steps="2"), "with 2 rows, not 1"),
+        (tiny.teacher(), config(ar_steps="2,4"), "with model = "),
+        (tiny.student(), config(ar_steps="2,4", rewards="classifier"), r"with rewards \[\], not \['classifier'\]"),
+    ):
+        with pytest.raises(ValueError, match=rf"resumed\.json exists, {message}"):
+            evaluate_folder(model, out, other, resume=True)
+    with pytest.raises(ValueError, match=r"is finished, without .*pictures: choose another --out, or leave --png out"):
+        evaluate_folder(tiny.student(), out, settings, resume=True, png=tmp_path / "pictures")
 
 
 WORK = (

@@ -182,6 +182,11 @@ def test_paths_are_cut():
         ("pickscore:/home/alice/secret/pick", "pickscore:pick"),
         ("0.5*clip:/home/alice/c + 0.5*/home/alice/r.py:f", "0.5*clip:c + 0.5*r.py:f"),
         ("/home/my pictures/x", "x"),
+        ("/home/alice smith/rewards/r.py:f", "r.py:f"),
+        ("/data/a, b/x", "x"),
+        ("pickscore:/home/my secret/pick", "pickscore:pick"),
+        ("Apache-2.0 / MIT", "Apache-2.0 / MIT"),
+        ("~/a/emoji, encoded at 32 px", "emoji, encoded at 32 px"),
         ("MIT (https://x.org/y), clip:openai/clip", "MIT (https://x.org/y), clip:openai/clip"),
     ):
         assert without_folders(text) == expected

@@ -257,7 +257,8 @@ def bench(
     for model in models.values():
         model.accelerate(graphs, compile)
     own: dict[str, dict[str, Any]] = {"teacher": settings, "student": {**settings, "evaluations": evaluations}}
-    own["student"].pop("head_steps", None)
+    for name in ("head_steps", "solver"):
+        own["student"].pop(name, None)
     rates = rates_of(place, dtype)
     rows, speedup, quiet = [], {}, os.environ.get("RANK", "0") != "0"
     given = ar_steps or [models["student"].sampling.ar_steps]

@@ -137,8 +137,12 @@ def _npz(path: Path, split: Split, image_size: int | None, classes: Classes) -> 
     try:
         with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
+    except MemoryError:
+        raise
     except Exception as error:  # numpy raises ValueError, OSError, EOFError, BadZipFile, ...
         what = f"{error}" if isinstance(error, OSError) else "it is damaged, or not of numpy.savez"
+        if "Object arrays" in str(error):
+            what = "an array in it holds Python objects: save names with dtype=str"
         raise ValueError(f"cannot read {path}: {what}") from None
     if missing := [name for name in ("images", "labels", "class_names") if name not in arrays]:
         raise ValueError(f"{path} has no {missing[0]!r}: it needs images, labels and class_names")

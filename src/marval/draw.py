@@ -96,6 +96,8 @@ def save_images(
     if world.is_main:
         new_folder(out)
     world.barrier()
+    if not out.is_dir():
+        raise ValueError(f"{out} is not one folder for all processes: put --out where all machines see it")
     world.shard(model.network)
     names = [*model.class_names, "none"]
 

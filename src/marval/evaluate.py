@@ -135,17 +135,8 @@ def evaluate(
             model or other settings.
     """
     world, settings, rewards = world or World(0, 1, model.device), dict(settings or {}), dict(rewards or {})
-    sampling = to_dict(model.settings(**settings))
-    evaluations = sampling.pop("evaluations")
-    if model.student is not None:
-        sampling["head_steps"] = evaluations
     check_features(model, reference, network)
-    bf16 = is_bf16(config.precision, model.device)
-    protocol: dict[str, Any] = {
-        "model": weights or weights_digest(model), "kind": "teacher" if model.student is None else "student",
-        "weights": config.weights, **sampling, "precision": "bf16" if bf16 else "float32",
-        "num_images": config.num_images, "seed": config.seed,
-        "features": network.name, "features_sha256": network.digest, "preprocessing": network.preprocessing,
+    protocol = _protocol(model, network, config, settings, weights or weights_digest(model)) | {
         "reference": reference.name, "reference_source": reference.source,
         "reference_images": reference.count or "unknown",
     }  # fmt: skip
@@ -172,6 +163,23 @@ def evaluate(
             for i in range(num_chunks(config.num_images)):
                 (folder / _chunk_file(i)).unlink()
         return read_json(finished)
+
+
+def _protocol(
+    model: Pipeline, network: FeatureNetwork, config: EvaluateConfig, settings: Mapping[str, Any], weights: str
+) -> dict[str, Any]:
+    """All of a row's protocol but its reference."""
+    sampling = to_dict(model.settings(**settings))
+    evaluations = sampling.pop("evaluations")
+    if model.student is not None:
+        sampling["head_steps"] = evaluations
+    return {
+        "model": weights, "kind": "teacher" if model.student is None else "student",
+        "weights": config.weights, **sampling,
+        "precision": "bf16" if is_bf16(config.precision, model.device) else "float32",
+        "num_images": config.num_images, "seed": config.seed,
+        "features": network.name, "features_sha256": network.digest, "preprocessing": network.preprocessing,
+    }  # fmt: skip
 
 
 def check_features(model: Pipeline, reference: Reference, network: FeatureNetwork) -> None:
@@ -355,16 +363,11 @@ def evaluate_folder(
         raise ValueError("--before compares two models at one setting: give one value of each")
     world = connect(config.device, config.shard)
     rows, partial = config.settings(), out.with_name(f"{out.name}.partial")
-    if resume and out.is_file() and not partial.exists():
-        done = _finished(out, config, folder, before)
-        world.barrier()
-        if world.is_main:
-            print(f"{done}\nfinished before: {out}")
-        return
+    finished = resume and out.is_file() and not partial.exists()
     picture = out.with_suffix(".png") if len(rows) > 1 else None
     goes_on = resume and (partial / "rows").is_dir()
     for path, flag in ((out, "out"), (picture, "out"), (save_reference, "save-reference"), (png, "png")):
-        if path is not None and path.exists() and (path == out or not goes_on):
+        if path is not None and path.exists() and (path == out or not goes_on) and not finished:
             raise ValueError(f"{path} exists: choose another --{flag}")
     if partial.exists() and not goes_on:
         remedy = "add --resume to go on, or remove it" if not resume else "it is not of marval: choose another --out"
@@ -402,6 +405,18 @@ def evaluate_folder(
         for other in models:
             other.accelerate()
     rewards = _load_rewards(rewarded, classifier, config, model)
+    digests = [weights_digest(other) for other in models]
+    if finished:
+        asked = [(models[which], digests[which], row) for which in range(len(models)) for row in rows]
+        protocols = [_protocol(other, network, config, row, digest) for other, digest, row in asked]
+        text = _finished(out, [p | {"reference": config.reference} for p in protocols], rewards, folders)
+        for path, flag in ((png, "png"), (save_reference, "save-reference")):
+            if path is not None and not path.exists():
+                raise ValueError(f"{out} is finished, without {path}: choose another --out, or leave --{flag} out")
+        world.barrier()
+        if world.is_main:
+            print(f"{text}\nfinished before: {out}")
+        return
     if world.is_main:
         writable_folder(out.parent)
         if png is not None and not goes_on:
@@ -413,7 +428,6 @@ def evaluate_folder(
         references.save_reference(save_reference, reference, network)
     if config.num_images < FEW:
         warn(f"distances of {config.num_images} images are mostly those of so few: compare them at equal counts only")
-    digests = [weights_digest(other) for other in models]
     code = {name: digest_of(path) for name, path in code_of(rewarded).items()}
     code |= {"classifier": digest_of(Path(classifier))} if classifier and rewarded else {}
     for other in models:
@@ -455,20 +469,30 @@ def evaluate_folder(
     world.barrier()
 
 
-def _finished(out: Path, config: EvaluateConfig, folder: Path, before: Path | None) -> str:
-    """The results that are there already, as people read them; ValueError if they are those of other settings."""
+def _finished(
+    out: Path, protocols: Sequence[Mapping[str, Any]], rewards: Mapping[str, Reward], folders: Sequence[Path]
+) -> str:
+    """The results that are there already, as people read them; ValueError unless they are what is asked for."""
     results = read_json(out)
-    rows = results.get("rows", [results]) if isinstance(results, dict) else []
     try:
-        protocol = rows[0]["protocol"]
-    except (LookupError, TypeError):
-        raise ValueError(f"{out} is no result of marval evaluate: choose another --out") from None
-    for name in ("num_images", "seed", "reference"):
-        if protocol.get(name) != (now := getattr(config, name)):
-            raise ValueError(f"{out} exists, with {name} = {protocol.get(name)!r}, not {now!r}: choose another --out")
+        rows = results.get("rows", [results])
+        rows = [*rows, results["before"]] if "before" in results else rows
+        found = [row["protocol"] for row in rows]
+        scored = {name for row in rows for name in row.get("rewards", {})}
+    except (LookupError, TypeError, AttributeError):
+        raise ValueError(f"{out} exists and is no result of marval evaluate: choose another --out") from None
+    if len(found) != len(protocols):
+        raise ValueError(f"{out} exists, with {len(found)} rows, not {len(protocols)}: choose another --out")
+    for before, now in zip(found, json.loads(json.dumps(protocols)), strict=True):
+        for name, value in now.items():
+            if before.get(name) != value:
+                values = f"{name} = {before.get(name)!r}, not {value!r}"
+                raise ValueError(f"{out} exists, with {values}: choose another --out")
+    if scored != set(rewards):
+        raise ValueError(f"{out} exists, with rewards {sorted(scored)}, not {sorted(rewards)}: choose another --out")
     if "before" in results:
-        return pair_table(results, str(folder), str(before))
-    return sweep_table(rows, str(folder)) if "rows" in results else result_table(results, str(folder))
+        return pair_table(results, *map(str, folders))
+    return sweep_table(rows, str(folders[0])) if "rows" in results else result_table(results, str(folders[0]))
 
 
 def _draws(model: Pipeline) -> tuple[Any, ...]:

@@ -65,7 +65,7 @@ Measured by `marval evaluate`, with the protocol below them.
 ```
 """
 
-ROOT = r"(?:/(?!/)|~|[A-Za-z]:[\\/])"
+ROOT = r"(?:/(?![/\s]|$)|~[\\/]|[A-Za-z]:[\\/])"
 """How an absolute path begins."""
 
 
@@ -109,9 +109,9 @@ def without_folders(values: Any) -> Any:
         return [without_folders(value) for value in values]
     if not isinstance(values, str):
         return values
-    alone = re.fullmatch(f"{ROOT}[^:*,]*", values)  # may have spaces
-    found = re.compile(f"{ROOT}.*" if alone else rf"(?<![^\s:*,]){ROOT}[^\s:*,]*")
-    return found.sub(lambda path: re.split(r"[\\/]", path[0].rstrip("\\/"))[-1], values)
+    alone = re.match(ROOT, values) and "*" not in values
+    found = f"{ROOT}.*" if alone else rf"(?<![^\s:*,]){ROOT}((?! \+ )[^:*,])*"  # may have spaces
+    return re.sub(found, lambda path: re.split(r"[\\/]", path[0].rstrip("\\/"))[-1], values)
 
 
 def _table(numbers: Path, pipeline: Pipeline, name: str) -> str:

@@ -203,9 +203,9 @@ class Pipeline:
         lower = {known.lower(): index for index, known in enumerate(self.class_names)}
         if isinstance(name, str) and name.lower() in lower:
             return lower[name.lower()]
-        index = -1
-        if isinstance(name, numbers.Integral) or (isinstance(name, str) and name.strip().isdecimal()):
-            index = int(name)
+        index, number = -1, name.item() if isinstance(name, Tensor) else name
+        if isinstance(number, numbers.Integral) or (isinstance(number, str) and number.strip().isdecimal()):
+            index = int(number)
         if not 0 <= index < len(self.class_names):
             near = [self.class_names[lower[word]] for word in difflib.get_close_matches(str(name).lower(), lower, n=3)]
             meant = f" (did you mean {' or '.join(map(repr, near))}?)" if near else ""

@@ -176,7 +176,7 @@ def measure(
                 "ar_steps": model.sampling.ar_steps, "num_images": len(images), "weights": weights,
             }  # fmt: skip
             write_json(partial, cached)
-        results[name] = cached[name]
+        results[name] = {key: value for key, value in cached[name].items() if key != "weights"}
     for batch, repeats in ((1, config.latency_repeats), (256, max(1, config.latency_repeats // 5))):
         seconds = seconds_per_image(models, batch, repeats)
         for name in models:
