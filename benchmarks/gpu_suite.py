@@ -544,7 +544,7 @@ def stages(suite: Suite, checkout: Path | None) -> list[tuple[str, Callable[[], 
     """Name, work and seconds at most, the most important first."""
     scale, first = suite.scale, next(iter(suite.scale.sizes))
     short, long = scale.ar_steps
-    found: list[tuple[str, Callable[[], dict[str, Any]], float]] = [("rates", lambda: rates(suite), 20)]
+    found: list[tuple[str, Callable[[], dict[str, Any]], float]] = [("rates", lambda: rates(suite), 60)]
 
     def draws(size: str, role: str, mode: str, batch: int, k: int, seconds: float, repeats: int | None = None) -> None:
         def work() -> dict[str, Any]:

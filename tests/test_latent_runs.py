@@ -41,7 +41,7 @@ def test_a_teacher_of_latents(made: Path):
     model = marval.load(made / "teacher")
     assert model.class_names == ["ant", "bee"]
     assert model.label("ANT") == model.label("0") == 0
-    with pytest.raises(ValueError, match=r"unknown class 'beee': give an index in \[0, 1\] or of bee, \.\.\."):
+    with pytest.raises(ValueError, match=r"unknown class 'beee' \(did you mean 'bee'\?\): give an index in \[0, 1\]"):
         model.label("beee")
     sizes = model.network.config
     assert (sizes.grid, sizes.token_dim) == (4, 16)
