@@ -1,7 +1,7 @@
 """Which settings of the distillation are best? Each variant changes one setting of the recipe and is measured alike.
 
-    python benchmarks/distill_ablation.py run digits runs/quickstart     # every row; goes on where it stopped
-    python benchmarks/distill_ablation.py run digits runs/quickstart --axes "lambda of L2,contexts" --seeds 0
+    python benchmarks/distill_ablation.py run digits runs/digits     # every row; goes on where it stopped
+    python benchmarks/distill_ablation.py run digits runs/digits --axes "lambda of L2,contexts" --seeds 0
     python benchmarks/distill_ablation.py page                           # docs/results.md from the committed results
 
 The folder holds teacher, classifier and judge; the judge is a classifier of another architecture and seed that took
