@@ -344,7 +344,7 @@ def ablation_plot(results: Mapping[str, Any], path: Path) -> None:
                 title = "updates (and CPU seconds)"
             else:
                 draw(axes, range(len(names)), [(name, own) for name in names], color=BLUE)
-                axes.set_xticks(range(len(names)), [textwrap.fill(value, 11) for value in values])
+                axes.set_xticks(range(len(names)), [textwrap.fill(value, 9) for value in values])
                 axes.set_xlim(-0.5, len(names) - 0.5)
                 title = axis
             for tick, name in zip(axes.get_xticklabels(), [name for name in names if name], strict=False):
