@@ -249,14 +249,14 @@ def update_ends(loop: Callable[[], Any]) -> list[float]:
 def sample(case: Case) -> dict[str, Any]:
     """Seconds of a batch of images, decoding included, after a small warm-up."""
     device = torch.device(case.device)
-    settings, folder = {}, "distill-head"
+    settings, few, folder = {}, {"ar_steps": 1}, "distill-head"
     if is_teacher(case):
         settings = {"head_steps": HEAD_STEPS, "guidance": case.guidance, "guidance_schedule": "linear"}
-        folder = "teacher"
+        few, folder = {"ar_steps": 1, "head_steps": 1}, "teacher"
     model = Pipeline.load(case.root / folder, device)
     classes = list(range(case.batch))
     with autocast(RunConfig(), device):
-        model.sample(classes, **{**settings, "ar_steps": 1, **({"head_steps": 1} if settings else {})})
+        model.sample(classes, **{**settings, **few})
         start = time.perf_counter()
         images = model.sample(classes, ar_steps=case.ar_steps, batch_size=case.batch, **settings)
     spent = time.perf_counter() - start

@@ -242,7 +242,8 @@ def bench(
         ar_steps: values of K, each timed at every batch size; the model's default if left out.
         precision: of the weights; auto: bf16 on CUDA, float32 on the CPU. graphs, compile: `Pipeline.accelerate`.
         budget: milliseconds: also find the largest K whose student's image takes no longer at the first batch size.
-        evaluations: of the student's head per token. settings: of `Pipeline.settings`, of both.
+        evaluations: of the student's head per token. settings: of `Pipeline.settings`, of both,
+            but for the chain's, head_steps and solver, which are the teacher's.
 
     Returns:
         ``student``: distilled, or `NO_STUDENT`. ``rows``: one per batch size, K and model; times of an image, its parts
@@ -256,9 +257,8 @@ def bench(
     models = dict(zip(("teacher", "student"), teacher_and_student(folder, place, dtype), strict=True))
     for model in models.values():
         model.accelerate(graphs, compile)
-    own: dict[str, dict[str, Any]] = {"teacher": settings, "student": {**settings, "evaluations": evaluations}}
-    for name in ("head_steps", "solver"):
-        own["student"].pop(name, None)
+    shared = {name: value for name, value in settings.items() if name not in ("head_steps", "solver")}
+    own: dict[str, dict[str, Any]] = {"teacher": settings, "student": {**shared, "evaluations": evaluations}}
     rates = rates_of(place, dtype)
     rows, speedup, quiet = [], {}, os.environ.get("RANK", "0") != "0"
     given = ar_steps or [models["student"].sampling.ar_steps]

@@ -376,8 +376,8 @@ def evaluate_folder(
         raise ValueError("name what to compare with: --reference digits, a folder of images, or an .npz")
     data = split_of(config.reference)[0]
     if data != "digits" and not Path(data).exists():
-        raise ValueError(f"--reference {config.reference} does not exist: give digits, a folder of images, or an .npz; "
-                         "of the first and of an .npz also a split, as DATA:train or DATA:test")  # fmt: skip
+        known = "digits, a folder of images, an .npz, or a split of training data, as DATA:test"
+        raise ValueError(f"--reference {config.reference} does not exist: give {known}")
     if picture is not None:
         check_matplotlib()
     world.barrier()  # every process has looked at the files before one is written
