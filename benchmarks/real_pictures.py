@@ -63,6 +63,8 @@ FEWER_STEPS = (100, 10)
 """Of the teacher's chain at K other than the student's own, with one solver."""
 AR_STEPS = (4, 8, 16, 32)
 """K, as far as there are so many tokens; the number of tokens comes on top."""
+CHUNKS_ON_A_GPU = 10
+"""Drawn at once there: kernels of 250 small images are too short for it, and other processes do not fill the gaps."""
 Features = dict[str, dict[str, Tensor]]
 """Pooled features (N, F) of real images by network and split."""
 
@@ -279,9 +281,10 @@ class Study:
                 self.save("rows", {key: dataclasses.asdict(row) | {"seed": seed, "device": device, "values": done}})
                 shown = ", ".join(f"{name} {value:.4g}" for name, value in values[counts[-1]].items())
                 print(f"{key}: {shown}; {time.perf_counter() - start:.0f} s", flush=True)
-        self.show(parts["test"], seeds[0])
+        if 0 in seeds:
+            self.show(parts["test"])
 
-    def show(self, real: ImageDataset[np.ndarray], seed: int) -> None:
+    def show(self, real: ImageDataset[np.ndarray], seed: int = 0) -> None:
         """docs/images/pictures_NAME.png: real images, then those of every model, two of each class, the same seeds.
 
         Only once all are drawn; the teacher's with most steps, the student's of every number of evaluations.
@@ -306,13 +309,18 @@ class Study:
         folder.mkdir(parents=True, exist_ok=True)
         labels = np.arange(count) % len(model.class_names)
         parts = []
-        for start in tqdm(range(0, count, CHUNK), desc=folder.name, delay=2, mininterval=10, unit_scale=CHUNK):
-            file, asked = folder / f"images-{start:06d}.npz", labels[start : start + CHUNK]
-            images = read_images(file)[: len(asked)] if file.exists() else np.empty(0)
-            if len(images) < len(asked):
-                images = model.sample(asked.tolist(), seed=seed, first_image=start, batch_size=CHUNK, **settings)
-                write_atomically(file, lambda path, images=images: write_npz(path, images=images))
-            parts.append(images)
+        at_once = CHUNK * (CHUNKS_ON_A_GPU if model.device.type == "cuda" else 1)
+        for start in tqdm(range(0, count, at_once), desc=folder.name, delay=2, mininterval=10, unit_scale=at_once):
+            asked = labels[start : start + at_once]
+            files = {first: folder / f"images-{start + first:06d}.npz" for first in range(0, len(asked), CHUNK)}
+            sizes = [len(asked[first : first + CHUNK]) for first in files]
+            found = [read_images(file)[:n] for file, n in zip(files.values(), sizes, strict=True) if file.exists()]
+            if [len(images) for images in found] != sizes:
+                drawn = model.sample(asked.tolist(), seed=seed, first_image=start, batch_size=at_once, **settings)
+                found = [drawn[first : first + CHUNK] for first in files]
+                for file, images in zip(files.values(), found, strict=True):
+                    write_atomically(file, lambda path, images=images: write_npz(path, images=images))
+            parts += found
         return np.concatenate(parts), labels
 
     def real(

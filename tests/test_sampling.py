@@ -162,6 +162,16 @@ def test_errors_name_the_value(make, arguments, message):
         make().sample(**arguments)
 
 
+@pytest.mark.parametrize("kind", ["teacher", "student"])
+def test_tokens_that_are_not_finite_are_no_black_images(make, kind):
+    model = make(kind)
+    with torch.no_grad():
+        model.network.head.final_layer.linear.bias[0] = torch.nan
+    for draw in (model.sample, model.sample_tokens):
+        with pytest.raises(FloatingPointError, match=r"not finite \(seed 4, image 10 and on\)"):
+            draw([0, 1, 2], seed=4, first_image=10, batch_size=2)
+
+
 def test_student_with_fixed_guidance_refuses_another(make):
     model = make("student")
     for arguments, got in (({"guidance": 2.0}, "2.0"), ({"guidance_schedule": "linear"}, "linear")):

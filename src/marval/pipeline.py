@@ -290,6 +290,7 @@ class Pipeline:
 
         Raises:
             ValueError: an argument is out of range; the message names it.
+            FloatingPointError: tokens came out that are not finite, which would be black pixels.
         """
         self.require_images()
         batches = self._token_batches(
@@ -344,12 +345,18 @@ class Pipeline:
             rows = [i for i in range(num_images) if kept_counts[i] == count]
             for start in range(0, len(rows), batch_size):
                 batch = rows[start : start + batch_size]
-                yield batch, self.draw_batch(
+                tokens = self.draw_batch(
                     config, torch.tensor([labels[i] for i in batch]),
                     ImageNoise(seed, [first_image + i for i in batch], self.device),
                     None if orders is None else orders[batch],
                     None if known is None else known[batch], kept[batch],
                 )  # fmt: skip
+                if not tokens.isfinite().all():
+                    raise FloatingPointError(
+                        f"tokens came out that are not finite (seed {seed}, image {first_image + batch[0]} and on): "
+                        "if the weights are finite, draw in float32"
+                    )
+                yield batch, tokens
 
     def _given_orders(self, order: Any, num_images: int) -> Tensor:
         orders = masking.check_order(torch.as_tensor(order), self.network.config.num_tokens)
