@@ -45,7 +45,7 @@ def measure(args: argparse.Namespace) -> None:
     }  # fmt: skip
     if args.out.exists():
         before = read_json(args.out)
-        same_protocol(args.out, *({n: found[n] for n in PROTOCOL if n in found} for found in (before, results)))
+        same_protocol(args.out, *({n: found.get(n) for n in PROTOCOL} for found in (before, results)))
         results["rows"] = before["rows"]
     steps = numbers(args.ar_steps, int, "--ar-steps")
     refreshes = numbers(args.refresh_every, int, "--refresh-every")

@@ -1,7 +1,7 @@
 """Models of real pictures, measured: teacher, student and aligned student beside real data, quality against time.
 
-    python benchmarks/real_pictures.py run fashion-mnist runs/fashion      # every row; goes on where it stopped
-    python benchmarks/real_pictures.py run fashion-mnist runs/fashion --rows "teacher*" --num-images 2000 --seeds 0
+    python benchmarks/real_pictures.py run fashion-mnist runs/fashion --precision bf16   # goes on where it stopped
+    python benchmarks/real_pictures.py run fashion-mnist runs/fashion --precision bf16 --rows "teacher*" --seeds 0
     python benchmarks/real_pictures.py clock fashion-mnist runs/fashion    # times, on a quiet machine
     python benchmarks/real_pictures.py page                                # docs/results.md from the committed results
 

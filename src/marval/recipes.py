@@ -7,7 +7,8 @@ measured for MAR-B. We have not run them.
 Those of small colour pictures come in two sizes: `cifar10`, `imagenette64` and `emoji` are meant for one modern GPU,
 with --graphs (teachers of `cifar10` and `imagenette64` were run whole, in 5 and 4 minutes); the same with `-cpu` for
 one CPU core. They save often and a teacher's checkpoint.pt takes 16 bytes per parameter, so a run can be cut into
-pieces of a few minutes, on different machines: go on with --resume.
+pieces of a few minutes, on different machines: go on with --resume. The data of all recipes of small pictures, and
+whole chains of runs: benchmarks/picture_models.py.
 """
 
 import dataclasses
@@ -29,7 +30,7 @@ from marval.config import (
 def digits_teacher() -> TrainConfig:
     """8x8 handwritten digits as 16 tokens of 2x2 pixels: 96 wide, 2+2 blocks, head 6x64; 0.6 M parameters.
 
-    FID (classifier features) 2.02 in 1.3 minutes (README, 2026-11-26; 2 CPU cores, nothing else running).
+    FID (classifier features) 2.02 in 2.3 minutes (README, 2026-11-27; 2 CPU cores, nothing else running).
     """
     return TrainConfig(
         steps=1800, batch=64, lr=2e-3, ema=0.998, head_batch_mul=2, mask_ratios="inference", sample_every=900,
@@ -64,7 +65,7 @@ def fashion_mnist_teacher() -> TrainConfig:
     """Fashion-MNIST, 28x28 grey, as 49 tokens of 4x4 pixels: 128 wide, 2+2 blocks, head 6x192; 2.1 M parameters.
 
     FID (classifier features, 2,000 images, held-out data) 8.0, accuracy 89.7 %, in 71 minutes on one CPU core beside
-    other work (2026-11-23; the card of ``fashion-mnist/teacher``). The data: benchmarks/prepare_data.py.
+    other work (2026-11-23; the card of ``fashion-mnist/teacher``).
     """
     return TrainConfig(
         data="data/fashion-mnist.npz", patch_size=4, steps=6000, batch=64, lr=2e-3, warmup=200, ema=0.999,
@@ -176,7 +177,7 @@ def cifar10_teacher() -> TrainConfig:
     """CIFAR-10, 32x32 colour, as 64 tokens of 4x4 pixels, on one GPU: `pictures_teacher`; 90 epochs.
 
     7.9 M parameters; 327 seconds on an H200 with --graphs, without sample grids (2026-11-26; docs/results.md). Most
-    classes are recognised. The data: benchmarks/prepare_data.py.
+    classes are recognised.
     """
     return pictures_teacher("data/cifar10.npz", guidance=3.0, steps=17_500)
 
@@ -184,9 +185,7 @@ def cifar10_teacher() -> TrainConfig:
 def latents_teacher_on_cpu(config: TrainConfig, data: str, **changes: Any) -> TrainConfig:
     """A teacher of 32x32 pictures on a CPU core as 16 latents of the tiny autoencoder taef2: a quarter of the tokens.
 
-    In the time that there is, 64 tokens of pixels became patchwork (docs/LOG.md). The data: `prepare_data.py
-    NAME FOLDER data/NAME`, `marval import-taesd` into runs/taef2, `marval encode --images data/NAME/train --tokenizer
-    runs/taef2 --image-size 32 --batch 64 --out data/NAME-latents`; and data/NAME.npz to evaluate.
+    In the time that there is, 64 tokens of pixels became patchwork (docs/LOG.md).
     """
     config = pictures_teacher_on_cpu(config, data=data, tokenizer="runs/taef2", patch_size=1, **changes)
     model = dataclasses.replace(config.model, head_depth=8)
@@ -258,9 +257,7 @@ def imagenette64_teacher() -> TrainConfig:
 
     Latents of the tiny autoencoder taef2 (32 channels, stride 8), because a token of 8x8 pixels has 192 numbers, too
     many for a head that is 192 wide, and 256 tokens of 4x4 pixels cost four times as much; its reconstructions lose
-    little (26 dB, docs/imagenet.md). The data: Imagenette's own folder (train/ and val/) as data/imagenette64, `marval
-    import-taesd` into runs/taef2, `marval encode --images data/imagenette64 --tokenizer runs/taef2 --image-size 64
-    --batch 64 --out data/imagenette64-latents`. With dropout, as there are only 9,469 images.
+    little (26 dB, docs/imagenet.md). With dropout, as there are only 9,469 images.
     """
     config = pictures_teacher(
         "data/imagenette64-latents", guidance=2.5, tokenizer="runs/taef2", patch_size=1, steps=11_500
@@ -323,9 +320,9 @@ def imagenette64_evaluation() -> EvaluateConfig:
 def emoji_teacher() -> TrainConfig:
     """Noto emoji (Apache-2.0), 32x32 colour, ten classes, 64 tokens of 4x4 pixels, on one GPU: 551 epochs.
 
-    200 seconds on an H200 with --graphs, beside two distillations (2026-11-27); its images are not measured yet. Only
-    1,857 pictures: few updates, dropout, and look whether the images are copies. The data: benchmarks/prepare_data.py,
-    which also says why these classes.
+    200 seconds on an H200 with --graphs, beside two distillations (2026-11-27); its images were not measured. Only
+    1,857 pictures: few updates, dropout, and look whether the images are copies. Why these classes:
+    benchmarks/prepare_data.py.
     """
     config = pictures_teacher("data/emoji.npz", guidance=1.5, steps=8_000, batch=128, warmup=500)
     return dataclasses.replace(config, model=dataclasses.replace(config.model, dropout=0.1))
