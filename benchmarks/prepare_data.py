@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from marval.checkpoint import write_atomically
+from marval.checkpoint import save_arrays
 from marval.data import save_png
 from marval.run import new_folder
 
@@ -189,12 +189,7 @@ def main() -> None:
         "licence": np.array(LICENCES[args.name]),
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)
-
-    def write(path: Path) -> None:
-        with open(path, "wb") as file:  # given a path, numpy appends .npz to it
-            np.savez_compressed(file, **arrays)
-
-    write_atomically(args.out, write)
+    save_arrays(args.out, arrays, compressed=True)
     print(found)
 
 

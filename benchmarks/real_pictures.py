@@ -44,11 +44,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from marval.bench import machine, median_and_spread, time_batch, times_in_turn
-from marval.checkpoint import read_json, write_atomically, write_json
+from marval.checkpoint import read_json, save_arrays, write_json
 from marval.config import DistillConfig, StudentConfig, numbers
 from marval.data import ImageDataset, load_dataset, read_images
 from marval.distill import make_student
-from marval.draw import write_npz
 from marval.evaluate import NEIGHBOURS, weights_digest
 from marval.features import FeatureNetwork, load_features
 from marval.images import image_grid, save_png
@@ -319,7 +318,7 @@ class Study:
                 drawn = model.sample(asked.tolist(), seed=seed, first_image=start, batch_size=at_once, **settings)
                 found = [drawn[first : first + CHUNK] for first in files]
                 for file, images in zip(files.values(), found, strict=True):
-                    write_atomically(file, lambda path, images=images: write_npz(path, images=images))
+                    save_arrays(file, {"images": images}, compressed=True)
             parts += found
         return np.concatenate(parts), labels
 

@@ -198,7 +198,7 @@ def test_interrupt_says_how_to_go_on(tmp_path: Path):
         (["rl", "digits", "--student", "nowhere", "--out", "x"], ["'nowhere' does not exist", "model's folder"]),
         (["train", "digits", "--patch-size", "0", "--out", "x"], ["patch_size must be at least 1", "0"]),
         (["train", "digits", "--seed", "-1", "--out", "x"], ["seed must not be negative", "-1"]),
-        (["bench", "--model", "nowhere", "--batch", "1;2"], ["'1;2'", "1,64"]),
+        (["bench", "--model", "nowhere", "--batch", "1;2"], ["--batch '1;2' must be numbers separated by commas"]),
         (["train-classifier", "--data", "nowhere", "--out", "x"], ["'nowhere' does not exist"]),
         (["train-classifier", "--data", "digits", "--epochs", "0", "--out", "x"], ["epochs 0"]),
         (["import-mar", "nowhere.pth", "--heads", "2", "--out", "x"], ["nowhere.pth does not exist"]),

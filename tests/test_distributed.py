@@ -16,9 +16,10 @@ from safetensors.torch import load_file
 
 from marval.__main__ import main
 from marval.checkpoint import load_state
-from marval.config import DistillConfig, GSIMConfig, RLConfig, TrainConfig
+from marval.config import DistillConfig, GSIMConfig, RLConfig, SamplingConfig, TrainConfig
 from marval.distill import distill
 from marval.distributed import World, connect
+from marval.draw import refuse_cache
 from marval.rl import rl
 from marval.train import train
 
@@ -200,6 +201,12 @@ def test_samples_do_not_depend_on_the_number_of_processes(tmp_path: Path):
     for other in arrays[1:]:
         assert np.array_equal(arrays[0]["images"], other["images"])
         assert np.array_equal(arrays[0]["labels"], other["labels"])
+
+
+def test_a_cached_backbone_of_a_network_that_is_split_is_refused():
+    refuse_cache(False, SamplingConfig(refresh_every=2))
+    with pytest.raises(ValueError, match="refresh_every 2 does not work with --shard"):
+        refuse_cache(True, SamplingConfig(refresh_every=2))
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", "bare"])

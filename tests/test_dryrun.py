@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import tiny
 import torch
 
+from marval.__main__ import main
 from marval.config import (
     PRESETS,
     DistillConfig,
@@ -254,6 +256,19 @@ def test_precision_does_not_change_the_operations_of_several_evaluations(trained
 def test_a_teacher_has_no_evaluations():
     with pytest.raises(ValueError, match="--evaluations is for students"):
         plan("evaluate", EvaluateConfig(evaluations="2", device="cpu"), MODEL, this_machine=False)
+
+
+def test_a_model_that_comes_along(capsys: pytest.CaptureFixture[str]):
+    """By its name, with what it draws with by itself: K = 8."""
+    planned = []
+    for more in ([], ["--ar-steps", "8"], ["--ar-steps", "16"]):
+        args = ["evaluate", "digits", "--model", "digits/student", "--dry-run", "--device", "cpu", *more]
+        main(args)
+        planned.append(re.search(r"operations .*", capsys.readouterr().out))
+    one, same, twice = (found and found[0] for found in planned)
+    assert one == same != twice
+    main(["rl", "digits", "--student", "digits/student", "--dry-run", "--device", "cpu"])
+    assert "trained" in capsys.readouterr().out
 
 
 def of_looks(planned: dict[str, Any]) -> float:

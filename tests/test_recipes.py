@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from marval import recipes
-from marval.config import PRESETS
+from marval.config import PRESETS, DistillConfig, GSIMConfig, SamplingConfig, TrainConfig
 from marval.dryrun import plan
 from marval.importing import GUIDANCE
 from marval.reward_files import listed, short_name
@@ -24,6 +24,20 @@ def test_every_verb_has_every_recipe():
         for make in made.values():
             assert make() == make()
             assert make.__doc__
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "value", "known"),
+    [
+        (DistillConfig, "auxiliary", "netwrok", "head, network"),
+        (GSIMConfig, "distance", "l2", "pseudo-huber, squared"),
+        (TrainConfig, "mask_ratios", "tokens", "training, inference"),
+        (SamplingConfig, "solver", "euler", "ancestral, ddim"),
+    ],
+)  # fmt: skip
+def test_a_misspelt_choice_is_refused(kind: Any, name: str, value: str, known: str):
+    with pytest.raises(ValueError, match=f"unknown {name} '{value}': choose one of {known}"):
+        kind(**{name: value})
 
 
 @pytest.mark.parametrize("size", SIZES)

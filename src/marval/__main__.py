@@ -147,16 +147,23 @@ def plan(verb: Any, recipe: str, config: Any, folder: Path | None, processes: in
     """Print what a run needs that starts from the model in the folder, or from what the recipe says."""
     from marval import dryrun, recipes
     from marval.checkpoint import tensor_shapes
+    from marval.config import SamplingConfig, from_dict
     from marval.pipeline import read_config
+    from marval.shipped import model_folder
 
+    sampling = None
     if folder is None:
         sizes, student, pixels = recipes.sizes(recipe, config), None, None
         whole = verb == "rl" and recipes.DISTILL[recipe]().trained == "all"
     else:
+        folder = model_folder(folder)
         sizes, student, made = read_config(folder)
+        sampling = from_dict(SamplingConfig, made["sampling"])
         pixels, scores = made["tokenizer"]["kind"] == "pixels", folder / "scores.safetensors"
         whole = verb == "rl" and scores.exists() and "teacher.mask_token" in tensor_shapes(scores)
-    planned = dryrun.plan(verb, config, sizes, processes, student=student, whole_teacher=whole, pixels=pixels)
+    planned = dryrun.plan(
+        verb, config, sizes, processes, student=student, sampling=sampling, whole_teacher=whole, pixels=pixels
+    )
     print(dryrun.table(planned))
 
 
@@ -303,10 +310,7 @@ def bench_verb(args: list[str]) -> None:
             if json.exists():
                 raise ValueError(f"{json} exists: choose another --json")
             writable_folder(json.parent)
-        try:
-            batches = [int(part) for part in batch.split(",")]
-        except ValueError:
-            raise ValueError(f"--batch {batch!r} must be comma-separated integers, such as 1,64") from None
+        batches = numbers(batch, int, "--batch")
         steps = numbers(ar_steps, int, "--ar-steps")
         world = connect(device)
         results = bench(
@@ -343,12 +347,14 @@ def classifier_verb(args: list[str]) -> None:
 
         if epochs < 1:
             raise ValueError(f"epochs {epochs} must be at least 1")
-        where = connect(device).device
+        world = connect(device)
+        if world.size > 1:
+            raise ValueError("train-classifier is the work of one process: start it without torchrun")
         splits = [load_dataset(data, split, image_size) for split in ("train", "test")]
         if len(splits[0].class_names) < 2:
             raise ValueError(f"data {data} have one class: a classifier tells classes apart, so give two or more")
         new_folder(out)
-        classifier, metrics = train_classifier(*splits, arch=arch, epochs=epochs, seed=seed, device=where)
+        classifier, metrics = train_classifier(*splits, arch=arch, epochs=epochs, seed=seed, device=world.device)
         classifier.save(out)
         print(f"classifier in {out}: {100 * metrics['accuracy_held_out']:.1f} % of {len(splits[1])} held-out images")
 

@@ -6,6 +6,7 @@ Everything is read strictly: a missing or unexpected tensor or a wrong shape is 
 
 import argparse
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -14,6 +15,7 @@ from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -53,6 +55,23 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path} does not exist: is {path.parent} a folder that marval wrote?") from None
     except (ValueError, OSError) as error:
         raise ValueError(f"{path} cannot be read as JSON: {error}") from None
+
+
+def save_arrays(path: Path, arrays: Mapping[str, np.ndarray], compressed: bool = False) -> None:
+    """An .npz file, atomically."""
+    save = np.savez_compressed if compressed else np.savez
+
+    def write(temporary: Path) -> None:
+        with open(temporary, "wb") as file:  # given a path, numpy appends .npz to it
+            save(file, **arrays)  # type: ignore[arg-type]
+
+    write_atomically(path, write)
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal checksum of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -212,16 +212,13 @@ def distill(
         Numbers are drawn for the whole batch, of which each part takes its rows."""
         dropped = torch.rand(config.batch, generator=g, device=world.device) < config.class_drop
         labels = torch.where(dropped, num_classes, labels)
-        is_rollout, share = torch.rand(2, generator=host).tolist()
-        if config.mask_ratios == "training" and is_rollout >= config.rollout:
-            num_masked = masking.training_masked_count(length, share)
-        elif config.mask_ratios == "tokens":
-            num_masked = masking.token_masked_count(length, config.ar_steps, share)
-        else:
-            num_masked = masking.inference_masked_count(length, config.ar_steps, share)
+        chance, share = torch.rand(2, generator=host).tolist()
+        rolls = chance < config.rollout
+        ratios = "inference" if rolls and config.mask_ratios == "training" else config.mask_ratios
+        num_masked = masking.masked_count(ratios, length, config.ar_steps, share)
         visible, masked = draw_masks(config.batch, length, num_masked, g)
         w = matching.draw_guidance(config.batch, g)
-        rolls = is_rollout < config.rollout and num_masked < length
+        rolls = rolls and num_masked < length
         z, orders = torch.empty(0), torch.empty(0)
         if rolls:
             z = torch.randn(config.batch, length, tokenizer.token_dim, generator=g, device=world.device)

@@ -215,6 +215,8 @@ def connect(device: str = "auto", shard: bool = False) -> World:
             raise ValueError(f"device {device!r} is not available: this PyTorch ({torch.__version__}) sees no CUDA GPU")
         if device == "cuda":
             device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        if (torch.device(device).index or 0) >= (count := torch.cuda.device_count()):
+            raise ValueError(f"device {device!r} is not there: this machine has {count}; start fewer processes")
         torch.cuda.set_device(torch.device(device))
     elif device != "cpu":
         raise ValueError(f"unknown device {device!r}: choose auto, cpu or cuda")

@@ -11,7 +11,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from marval import masking
-from marval.checkpoint import write_atomically
+from marval.checkpoint import save_arrays
+from marval.config import SamplingConfig, numbers
 from marval.distributed import World, connect
 from marval.images import image_grid, save_png
 from marval.pipeline import Pipeline
@@ -77,12 +78,9 @@ def save_images(
     model.require_images()
     order = settings.get("order")
     if order and "," in order:
-        try:
-            positions = torch.tensor([int(part) for part in order.split(",")])
-        except ValueError:
-            raise ValueError(f"--order {order!r} must be a name, or token positions separated by commas") from None
+        positions = torch.tensor(numbers(order, int, "--order"))
         settings = settings | {"order": masking.check_order(positions, model.network.config.num_tokens)}
-    model.settings(**{name: value for name, value in settings.items() if not isinstance(value, Tensor)})
+    refuse_cache(shard, model.settings(**{n: value for n, value in settings.items() if not isinstance(value, Tensor)}))
     asked: list[Any] = [part.strip() for part in classes.split(",") if part.strip()]
     if classes == "all":
         asked = list(range(len(model.class_names)))
@@ -111,19 +109,19 @@ def save_images(
     if world.is_main:
         columns = len(asked) if 1 < len(asked) <= 16 else min(count, 8)
         save_png(out / "grid.png", image_grid(images, columns, scale=max(1, 64 // images.shape[1])))
-        write_atomically(out / "samples.npz", lambda p: write_npz(p, images=images, labels=labels))
+        save_arrays(out / "samples.npz", {"images": images, "labels": labels}, compressed=True)
         print(f"{count} images, grid.png and samples.npz in {out}")
+
+
+def refuse_cache(shard: bool, config: SamplingConfig) -> None:
+    """Raises ValueError for a cached backbone of a network that is split: it calls parts that are not gathered."""
+    if shard and config.refresh_every > 1:
+        raise ValueError(f"refresh_every {config.refresh_every} does not work with --shard: use one of them")
 
 
 def file_name(class_name: str) -> str:
     """The name with nothing but letters, digits, _ and -."""
     return re.sub(r"[^\w-]+", "_", class_name)
-
-
-def write_npz(path: Path, **arrays: np.ndarray) -> None:
-    """A compressed .npz under exactly this name."""
-    with open(path, "wb") as file:
-        np.savez_compressed(file, allow_pickle=False, **arrays)
 
 
 def head_evaluations_per_token(model: Pipeline) -> int:

@@ -51,6 +51,7 @@ from marval.matching import (
 from marval.models.autoencoders import KL, TAESD
 from marval.models.lora import adapt
 from marval.models.mar import MAR
+from marval.recipes import IMAGENET_IMAGES
 from marval.reward_costs import scorers
 from marval.reward_files import listed
 from marval.sampling import diffusion_chain, few_evaluations, last, unmask
@@ -59,8 +60,6 @@ from marval.update import Update, autocast, prepare
 
 Verb = Literal["train", "distill", "rl", "evaluate"]
 GIB = 2**30
-IMAGENET = 1_281_167
-"""Training images of ImageNet."""
 H200_SHARE: dict[Verb, float] = {"train": 0.33, "distill": 0.33, "rl": 0.22, "evaluate": 0.33}
 """Share of the rate of its matrix products in bf16 that a run reaches on an H200: measured for MAR-B
 (docs/performance.md; distillation with one update per context), for evaluation a guess. RL waits for its launches: 11 %
@@ -149,11 +148,8 @@ def _train(config: TrainConfig, model: MARConfig, share: _Share, decoder: Decode
         tokens, visible, masked, labels = _inputs(model, count, num_masked)
         _update(update, share, teacher_loss, network, schedule, tokens, visible, masked, labels, t[:count], eps[:count])
 
-    ratios = {
-        "training": lambda u: masking.training_masked_count(model.num_tokens, u),
-        "inference": lambda u: masking.inference_masked_count(model.num_tokens, config.sampling.ar_steps, u),
-    }
-    cost = _over_masks(ratios[config.mask_ratios], work)
+    ratio = functools.partial(masking.masked_count, config.mask_ratios, model.num_tokens, config.sampling.ar_steps)
+    cost = _over_masks(ratio, work)
     helpers = {"autoencoder": decoder[0]} if config.eval_every else {}
     state = _state({"network": network}, [update], ema, cost, share.parts * count, helpers)
     sampling = dataclasses.replace(config.sampling, head_steps=config.eval_head_steps or config.sampling.head_steps)
@@ -163,11 +159,7 @@ def _train(config: TrainConfig, model: MARConfig, share: _Share, decoder: Decode
 def _distill(config: DistillConfig, model: MARConfig, share: _Share, decoder: Decoder) -> dict[str, Any]:
     teacher = _frozen(model)
     matching, updates, ema = _matching(teacher, config, config.student)
-    ratio = {
-        "training": lambda u: masking.training_masked_count(model.num_tokens, u),
-        "inference": lambda u: masking.inference_masked_count(model.num_tokens, config.ar_steps, u),
-        "tokens": lambda u: masking.token_masked_count(model.num_tokens, config.ar_steps, u),
-    }[config.mask_ratios]
+    ratio = functools.partial(masking.masked_count, config.mask_ratios, model.num_tokens, config.ar_steps)
     cost = _over_masks(ratio, _matching_work(matching, updates, config, model, share))
     if config.context_updates > 1:
         made, again = (
@@ -226,7 +218,7 @@ def _rl(
     counts = masking.masked_counts(length, config.ar_steps)
 
     def gradient_steps(k: int, n: int = 1) -> None:
-        """AR steps k to k + n - 1 with gradients, as in `marval.rl.RewardGradient.loss`, where decoding follows."""
+        """AR steps k to k + n - 1 with gradients, as in `RewardGradient.loss`, where decoding follows."""
 
         def loss() -> tuple[Tensor, None]:
             _, _, _, labels = _inputs(model, count, 1)
@@ -320,14 +312,18 @@ def _policy_step(
 
 
 def _evaluate(
-    config: EvaluateConfig, model: MARConfig, share: _Share, decoder: Decoder, student: StudentConfig | None
+    config: EvaluateConfig,
+    model: MARConfig,
+    share: _Share,
+    decoder: Decoder,
+    student: StudentConfig | None,
+    stored: SamplingConfig | None,
 ) -> dict[str, Any]:
     network = _frozen(model, bool(student and student.guidance_range))
-    costs = []
+    default, costs = stored, []
+    if default is None:  # as MAR
+        default = SamplingConfig(ar_steps=min(64, model.num_tokens), guidance=1.0 if student else 3.0, head_steps=100)
     for given in config.settings():
-        default = SamplingConfig(
-            ar_steps=min(64, model.num_tokens), guidance=1.0 if student else 3.0, head_steps=100
-        )  # as MAR
         sampling = dataclasses.replace(default, **{name: value for name, value in given.items() if value is not None})
         check(student is not None or sampling.evaluations == 1, "--evaluations is for students")
         costs.append(_drawing(network, config, sampling, student, share.part))
@@ -502,8 +498,8 @@ def _state(
 
 def plan(
     verb: Verb, config: Any, model: MARConfig, processes: int = 1, *, student: StudentConfig | None = None,
-    whole_teacher: bool = False, pixels: bool | None = None, images_per_epoch: int | None = None,
-    this_machine: bool = True,
+    sampling: SamplingConfig | None = None, whole_teacher: bool = False, pixels: bool | None = None,
+    images_per_epoch: int | None = None, this_machine: bool = True,
 ) -> dict[str, Any]:  # fmt: skip
     """What a run with these settings needs; takes seconds and no memory worth mentioning.
 
@@ -512,6 +508,7 @@ def plan(
         model: sizes of the MAR, with the data's grid, token_dim and num_classes.
         processes: of torchrun; with ``config.shard`` weights, gradients, optimizer and average are divided by it.
         student: of the model that `rl` starts from or `evaluate` measures; None there is a teacher (`rl`: the default).
+        sampling: what the model that `evaluate` measures draws with unless the settings say otherwise.
         whole_teacher: the teacher of the student that `rl` starts from has a backbone of its own (distilled whole).
         pixels: the tokens are patches of pixels, as the tokenizer of a model's folder says. None: those of 16 channels
             are (grey 4x4 patches, as of the recipe fashion-mnist), but for ImageNet's 1,000 classes (imagenet256-*).
@@ -548,7 +545,7 @@ def plan(
         elif verb == "rl":
             found = _rl(settings, still, share, decoder, student or StudentConfig(), whole_teacher)
         else:
-            found = _evaluate(settings, model, share, decoder, student)
+            found = _evaluate(settings, model, share, decoder, student, sampling)
     memory, sharded = found["memory"], bool(getattr(config, "shard", False)) and processes > 1
     if sharded:
         for name in ("weights", "gradients", "optimizer", "average"):
@@ -565,7 +562,7 @@ def plan(
     else:
         images, steps = config.steps * total, config.steps
     if images_per_epoch is None and getattr(config, "classes", "") == "imagenet":
-        images_per_epoch = IMAGENET
+        images_per_epoch = IMAGENET_IMAGES
     read = images / getattr(config, "context_updates", 1)
     operations = found["operations"] * images + found.get("looks", 0)  # at held-out images between updates
     rates = {"H200": H200_SHARE[verb] * H200[0] * processes}

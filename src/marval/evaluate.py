@@ -20,14 +20,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from marval import reference as references
-from marval.checkpoint import read_json, write_atomically, write_json
+from marval.checkpoint import read_json, save_arrays, write_atomically, write_json
 from marval.config import EvaluateConfig, RunConfig, to_dict, warn
 from marval.distributed import World, connect
-from marval.draw import file_name
+from marval.draw import file_name, refuse_cache
 from marval.draw import head_evaluations_per_token as head_evaluations_per_token  # these are imported from here too
 from marval.draw import sample_in_turn as sample_in_turn
 from marval.draw import save_images as save_images
-from marval.draw import write_npz as write_npz
 from marval.features import BATCH, FeatureNetwork, classifier_features, load_features
 from marval.images import save_png
 from marval.metrics import (
@@ -158,7 +157,7 @@ def evaluate(
             timing = {"seconds_per_image": seconds, "batch": min(config.batch, references.CHUNK)}
             about = {"protocol": protocol, "timing": timing, "versions": versions(world.device)}
             scored = {name: columns[f"{PREFIX}{name}"].numpy() for name in rewards}
-            write_atomically(folder / REWARDS_FILE, lambda path: _write_arrays(path, scored))
+            save_arrays(folder / REWARDS_FILE, scored)
             write_json(finished, results | about)
             for i in range(num_chunks(config.num_images)):
                 (folder / _chunk_file(i)).unlink()
@@ -254,7 +253,7 @@ def _measure_chunks(
         for i, part in zip(group, gather_chunks(rows, counts, world), strict=True):
             if world.is_main:
                 arrays = {name: value.numpy() for name, value in part.items()}
-                write_atomically(folder / _chunk_file(i), lambda p, arrays=arrays: _write_arrays(p, arrays))
+                save_arrays(folder / _chunk_file(i), arrays)
         bar.update(sum(counts))
     bar.close()
 
@@ -396,7 +395,7 @@ def evaluate_folder(
     for other in models:
         other.require_images()
         for row in rows:
-            other.settings(**row)
+            refuse_cache(config.shard, other.settings(**row))
     if any(_draws(other) != _draws(model) for other in models):
         raise ValueError(f"{folders[1]} draws other classes, images or tokens than {folders[0]}: --before is the same "
                          "model before RL")  # fmt: skip
@@ -539,9 +538,3 @@ def _load_network(spec: str, config: EvaluateConfig, world: World) -> FeatureNet
     network = load_features(spec, world.device, config.inception_weights) if world.is_main else None
     world.barrier()
     return network or load_features(spec, world.device, config.inception_weights)
-
-
-def _write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """An uncompressed .npz under exactly this name."""
-    with open(path, "wb") as file:
-        np.savez(file, allow_pickle=False, **arrays)

@@ -7,7 +7,6 @@ a folder                       a classifier of `marval train-classifier`
 `path/to/file.py:function`     yours: images float NCHW in [0, 1] -> features (B, F), or (features, logits (B, C))
 """
 
-import hashlib
 import importlib
 import importlib.util
 import io
@@ -24,6 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from marval import imagenet
+from marval.checkpoint import sha256
 from marval.models.classifier import Classifier
 from marval.models.vision import CIFAR10, CifarResNet, MobileNetV2
 from marval.shipped import classifier_folder
@@ -121,12 +121,7 @@ def load_features(spec: str, device: torch.device | str = "cpu", inception_weigh
         )
         raise ValueError(f"no feature network {spec!r}: choose {known}")
     network = Classifier.load(path, device)
-    return classifier_features(network, _sha256(path / "model.safetensors"))
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    return classifier_features(network, sha256(path / "model.safetensors")[:16])
 
 
 def _rgb(images: Tensor) -> Tensor:
@@ -205,7 +200,7 @@ def inception_weights_file(given: str = "") -> Path:
                 ) from None
     if not path.is_file():
         raise ValueError(f"{path} does not exist: give the file {Path(INCEPTION_URL).name} with --inception-weights")
-    if not (found := _sha256(path)).startswith(INCEPTION_SHA256):
+    if not (found := sha256(path)[:16]).startswith(INCEPTION_SHA256):
         raise ValueError(f"{path} is not FID's InceptionV3: its SHA-256 begins {found[:8]}, not {INCEPTION_SHA256}")
     return path
 
@@ -241,7 +236,7 @@ def inception_features(weights: str, device: torch.device) -> FeatureNetwork:
 
     return FeatureNetwork(
         f"InceptionV3 of FID (torch-fidelity, weights {INCEPTION_SHA256})",
-        "uint8, bilinear to 299x299 as TensorFlow 1, then (x - 128) / 128", _sha256(path), None, device, run,
+        "uint8, bilinear to 299x299 as TensorFlow 1, then (x - 128) / 128", sha256(path)[:16], None, device, run,
     )  # fmt: skip
 
 
@@ -263,7 +258,7 @@ def mobilenet_features(path: Path, device: torch.device) -> FeatureNetwork:
 
     name = f"ImageNet MobileNetV2 ({path.name})"
     preprocessing = "pixels in [-1, 1], bilinear with antialiasing to 224x224"
-    return FeatureNetwork(name, preprocessing, _sha256(path), imagenet.names(), device, run)
+    return FeatureNetwork(name, preprocessing, sha256(path)[:16], imagenet.names(), device, run)
 
 
 def cifar_features(path: Path, device: torch.device) -> FeatureNetwork:
@@ -282,7 +277,7 @@ def cifar_features(path: Path, device: torch.device) -> FeatureNetwork:
 
     name = f"CIFAR-10 ResNet-{network.depth} ({path.name})"
     preprocessing = "32x32 (others: bilinear with antialiasing), ImageNet's mean and std"
-    return FeatureNetwork(name, preprocessing, _sha256(path), CIFAR10, device, run)
+    return FeatureNetwork(name, preprocessing, sha256(path)[:16], CIFAR10, device, run)
 
 
 # ---- a user's function
@@ -302,5 +297,5 @@ def user_features(spec: str, device: torch.device) -> FeatureNetwork:
                 raise ValueError(f"{spec} gave {what} {found} for {len(images)} images: it must be a tensor (B, n)")
         return Features(features, None, logits)
 
-    digest = _sha256(Path(spec.rpartition(":")[0]))
+    digest = sha256(Path(spec.rpartition(":")[0]))[:16]
     return FeatureNetwork(spec, "pixels in [0, 1], no resize", digest, None, device, run)

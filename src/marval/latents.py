@@ -7,7 +7,6 @@ tokenizer/            the autoencoder
 reconstructions.png   originals above their reconstructions
 """
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 
 from marval import imagenet
-from marval.checkpoint import read_json
+from marval.checkpoint import read_json, sha256
 
 FORMAT = 1
 Split = Literal["train", "test", "all"]
@@ -66,12 +65,6 @@ class LatentDataset:
             for name, checksum in checksums(read_index(folder)).items():
                 if sha256(folder / name) != checksum:
                     raise ValueError(f"{folder / name} is damaged: run marval encode again with --resume to repair it")
-
-
-def sha256(path: Path) -> str:
-    """Hexadecimal checksum of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def checksums(index: dict[str, Any]) -> dict[str, str]:

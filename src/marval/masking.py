@@ -11,13 +11,6 @@ import math
 import torch
 from torch import Tensor
 
-ORDERS = ("random", "raster", "centre-out", "halton")
-
-
-def random_order(length: int, generator: torch.Generator) -> Tensor:
-    """(L,) a uniformly random permutation."""
-    return torch.randperm(length, generator=generator, device=generator.device)
-
 
 def raster_order(length: int) -> Tensor:
     """(L,) row by row."""
@@ -127,6 +120,13 @@ def training_masked_count(length: int, uniform: float, minimum: float = 0.7) -> 
     quantile = torch.tensor(low + uniform * (0.5 - low), dtype=torch.float64)
     ratio = 1 + 0.25 * float(torch.special.ndtri(quantile))
     return max(1, min(length, math.ceil(length * ratio)))
+
+
+def masked_count(ratios: str, length: int, ar_steps: int, uniform: float) -> int:
+    """Number of masked tokens of an update. ``ratios``: ``training``, ``inference`` or ``tokens``."""
+    if ratios == "training":
+        return training_masked_count(length, uniform)
+    return (token_masked_count if ratios == "tokens" else inference_masked_count)(length, ar_steps, uniform)
 
 
 def inference_masked_count(length: int, ar_steps: int, uniform: float) -> int:

@@ -11,13 +11,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
 from marval import gsim
 from marval.checkpoint import load_strictly, load_tensors
 from marval.config import GSIMConfig, StudentConfig
 from marval.diffusion import Schedule, guide, q_sample
-from marval.distributed import World, whole, whole_copy
+from marval.distributed import World, is_sharded, whole, whole_copy
 from marval.ema import EMA
 from marval.models.head import DiffusionHead, SinusoidalMLP
 from marval.models.mar import MAR
@@ -82,9 +81,6 @@ def shard_networks(world: World, base: MAR, *networks: MAR) -> list[MAR]:
     if not world.sharded:
         return list(networks)
     sharing = [network.class_emb is base.class_emb for network in networks]
-    base.activation_checkpointing |= any(
-        network.activation_checkpointing for network, shares in zip(networks, sharing, strict=True) if shares
-    )  # whose `condition` the sharing networks call
     world.shard(base)
     for network, shares in zip(networks, sharing, strict=True):
         world.shard(network.head if shares else network)
@@ -95,10 +91,9 @@ def shard_networks(world: World, base: MAR, *networks: MAR) -> list[MAR]:
 def averaged_network(network: MAR, ema: EMA[Any], blank: MAR) -> MAR:
     """The network with the averages of its own part; whole, if it is sharded (then all processes must call)."""
     part = ema.averaged()
-    if isinstance(network, FSDPModule) or isinstance(network.encoder_blocks[0], FSDPModule):
-        state = {name: value for name, value in network.state_dict().items() if not name.startswith("head.")}
+    if is_sharded(network.fake_latent) and not isinstance(part, MAR):
         head = {f"head.{name}": value for name, value in part.state_dict().items()}
-        return part if isinstance(part, MAR) else whole_copy(blank, state | head)
+        return whole_copy(blank, network.state_dict() | head)
     return with_part(network, part)
 
 

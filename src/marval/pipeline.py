@@ -46,9 +46,7 @@ def read_config(folder: Path) -> tuple[MARConfig, StudentConfig | None, dict[str
         raise ValueError(f"{file} does not describe a marval model (format {FORMAT})")
     try:
         student = None if config["student"] is None else from_dict(StudentConfig, config["student"])
-        # marval 0.1 stored one setting here that is a run's and changes no result
-        sizes = {name: value for name, value in config["model"].items() if name != "activation_checkpointing"}
-        return from_dict(MARConfig, sizes), student, config
+        return from_dict(MARConfig, config["model"]), student, config
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{file}: {error}") from None
 

@@ -13,7 +13,7 @@ import torch
 
 from marval import recipes
 from marval.bench import seconds_per_image
-from marval.checkpoint import read_json, write_atomically, write_json
+from marval.checkpoint import read_json, save_arrays, write_json
 from marval.config import DistillConfig, RLConfig, TrainConfig, check, filled, to_dict
 from marval.data import image_grid, load_dataset, save_png
 from marval.distill import distill, make_student
@@ -24,7 +24,6 @@ from marval.evaluate import (
     image_moments,
     sample_in_turn,
     weights_digest,
-    write_npz,
 )
 from marval.masking import masked_counts
 from marval.models.classifier import Classifier, train_classifier
@@ -228,7 +227,7 @@ def save_samples(config: QuickstartConfig, models: dict[str, Pipeline], file: Pa
         for k, masked in enumerate(counts):
             np.put_along_axis(visible[k], orders[:, : length - masked].cpu().numpy(), True, axis=1)
         arrays["trace_visible"] = visible.reshape(len(counts), 10, model.network.config.grid, -1)
-    write_atomically(file, lambda p: write_npz(p, **arrays))
+    save_arrays(file, arrays, compressed=True)
     return arrays
 
 

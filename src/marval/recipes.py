@@ -57,7 +57,7 @@ def digits_aligned() -> RLConfig:
     """
     return RLConfig(
         steps=60, batch=64, ema=0.9, save_every=20, sample_every=60, log_every=5,
-        checkpoint_ar_steps=False, gsim=GSIMConfig(lr=1e-4, auxiliary_lr=2e-4),
+        checkpoint_ar_steps=False,
     )  # fmt: skip
 
 
@@ -100,7 +100,7 @@ def fashion_mnist_aligned() -> RLConfig:
     """
     return RLConfig(
         steps=60, batch=64, ar_steps=16, ema=0.9, precision="bf16", save_every=20, sample_every=60,
-        log_every=5, gsim=GSIMConfig(lr=1e-4, auxiliary_lr=2e-4),
+        log_every=5,
     )  # fmt: skip
 
 
@@ -143,7 +143,6 @@ def pictures_student(data: str, guidance: float, highest: float = 3.0, t_init: i
         data=data, flip=True, auxiliary="network", steps=5_000, batch=128, ar_steps=16, ema=0.998, warmup=100,
         save_every=500, sample_every=2_500, log_every=50,
         student=StudentConfig(t_init=t_init, guidance=guidance, guidance_range=(1.0, highest)),
-        gsim=GSIMConfig(lr=2e-4, auxiliary_lr=4e-4),
     )  # fmt: skip
 
 
@@ -164,7 +163,6 @@ def pictures_aligned() -> RLConfig:
     """
     return RLConfig(
         steps=100, batch=128, ar_steps=16, ema=0.9, save_every=20, sample_every=50, log_every=5,
-        gsim=GSIMConfig(lr=1e-4, auxiliary_lr=2e-4),
     )  # fmt: skip
 
 
@@ -409,7 +407,6 @@ HELD_OUT = (
 )
 """Rewards that the ImageNet recipes measure and never train on, by their names on the hub. The aesthetic head is
 LAION's of five layers, sac+logos+ava1-l14-linearMSE, as the code of DDPO takes it."""
-PROMPT = "a high-quality and harmonious picture of {class}"
 
 
 def imagenet_aligned() -> RLConfig:
@@ -421,7 +418,7 @@ def imagenet_aligned() -> RLConfig:
     knows.
     """
     return RLConfig(
-        reward=PICKSCORE, prompt=PROMPT, held_out=HELD_OUT, select="held-out",
+        reward=PICKSCORE, held_out=HELD_OUT, select="held-out",
         batch=256, accumulate=4, steps=updates(5, 256), ar_steps=64, ema=0.999, eval_every=100, eval_images=1_000,
         patience=25, gsim=GSIMConfig(lr=1e-6, auxiliary_lr=2e-6), save_every=500, sample_every=500, log_every=20,
     )  # fmt: skip
@@ -435,7 +432,7 @@ def imagenet_evaluation() -> EvaluateConfig:
     6 minutes.
     """
     return EvaluateConfig(
-        num_images=50_000, features="inception", reference="VIRTUAL_imagenet256_labeled.npz", prompt=PROMPT,
+        num_images=50_000, features="inception", reference="VIRTUAL_imagenet256_labeled.npz",
         rewards=f"{PICKSCORE},{HELD_OUT}",
     )  # fmt: skip
 

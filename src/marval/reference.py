@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from marval.checkpoint import write_atomically
+from marval.checkpoint import save_arrays
 from marval.data import ImageDataset, load_data
 from marval.distributed import World
 from marval.features import FeatureNetwork
@@ -227,9 +227,4 @@ def save_reference(path: Path, reference: Reference, network: FeatureNetwork) ->
         arrays["features"] = reference.features.numpy()
     arrays |= {"network": np.array(network.digest), "network_name": np.array(network.name)}
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, lambda p: _write(p, arrays))
-
-
-def _write(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    with open(path, "wb") as file:
-        np.savez(file, allow_pickle=False, **arrays)
+    save_arrays(path, arrays)

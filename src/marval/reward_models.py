@@ -136,17 +136,12 @@ class HpsScore(ClipScore):
         return cls(Clip.load(str(hub_file(source, HPS_WEIGHTS)), device, HPS_CLIP))
 
 
-class PickScore(BaseReward):
+class PickScore(ClipScore):
     """exp(logit_scale) times the cosine of image and prompt under PickScore's CLIP-H (arXiv 2305.01569).
 
     As its authors' code: for PickScore_v1 the scale is about 100, and scores are about 18 to 24. Some codes divide
     by 100 or by 26 afterwards.
     """
-
-    differentiable = True
-
-    def __init__(self, clip: Clip):
-        self.clip = clip
 
     def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
         return self.clip.logit_scale * self.clip.cosine(images, prompts)

@@ -60,11 +60,6 @@ def during(what: str) -> Iterator[None]:
         raise RewardError(f"{what}: {error}") from error
 
 
-def prompt_for(template: str, class_name: str) -> str:
-    """The template with {class} replaced by the name."""
-    return template.replace("{class}", class_name)
-
-
 def class_prompts(template: str, class_names: Sequence[str]) -> list[str]:
     """The prompt of each class.
 
@@ -73,7 +68,7 @@ def class_prompts(template: str, class_names: Sequence[str]) -> list[str]:
     """
     if len(class_names) > 1 and "{class}" not in template:
         raise ValueError(f"prompt {template!r} is the same for all {len(class_names)} classes: put {{class}} into it")
-    return [prompt_for(template, name) for name in class_names]
+    return [template.replace("{class}", name) for name in class_names]
 
 
 class UserReward(BaseReward):
@@ -158,8 +153,8 @@ class WeightedSum(BaseReward):
 
 
 @torch.no_grad()
-def calibrate(reward: Reward, images: Tensor, prompts: list[str]) -> Reward:
-    """A weighted sum whose parts have mean 0 and deviation 1 on these images; another reward is returned as it is.
+def calibrate(reward: WeightedSum, images: Tensor, prompts: list[str]) -> WeightedSum:
+    """The sum with parts of mean 0 and deviation 1 on these images.
 
     Args:
         images: of the starting student, many and of different classes; the same on every process.
@@ -167,8 +162,6 @@ def calibrate(reward: Reward, images: Tensor, prompts: list[str]) -> Reward:
     Raises:
         ValueError: as `score`, or a part is constant on these images, so that no deviation is known.
     """
-    if not isinstance(reward, WeightedSum):
-        return reward
     starts = range(0, len(images), CHUNK)
     values = torch.cat([reward.parts(images[i : i + CHUNK], prompts[i : i + CHUNK], i) for i in starts], 1).double()
     means, stds = values.mean(1), values.std(1, correction=0)
@@ -247,7 +240,7 @@ def _load_one(
     }
     if kind in models:
         reward = models[kind]()
-        if isinstance(reward, ClipScore | PickScore):
+        if isinstance(reward, ClipScore):
             reward.clip.texts(prompts)  # kept there; one that is too long is refused now
         elif isinstance(reward, ImageRewardScore):
             reward.network.tokens(prompts)

@@ -104,8 +104,8 @@ def align(config: RLConfig, student_folder: Path, out: Path, resume: bool, best:
     def drawn(count: int) -> tuple[Tensor, list[str]]:
         """Images of the starting student, classes in turn, and their prompts; the same on all processes. No more are
         decoded at once than in an update."""
-        asked, few = [class_in_turn(i, count, num_classes) for i in range(count)], config.batch // config.accumulate
-        images = model.sample(asked, seed=config.seed, batch_size=-(-few // world.size))
+        asked = [class_in_turn(i, count, num_classes) for i in range(count)]
+        images = model.sample(asked, seed=config.seed, batch_size=parts[0].own.stop)
         return to_float(torch.from_numpy(images)).to(world.device), [prompts[label] for label in asked]
 
     trial = check_reward(reward, *drawn(trial_size(num_classes)))
@@ -115,7 +115,6 @@ def align(config: RLConfig, student_folder: Path, out: Path, resume: bool, best:
         raise ValueError(f"reward {config.reward!r} is not differentiable: use --algorithm group")
     if isinstance(reward, WeightedSum):
         reward = calibrate(reward, *drawn(CALIBRATION))
-        assert isinstance(reward, WeightedSum)
         best["units"] = [reward.means, reward.stds]
     monitor = Monitor.make(config, model, reward, world)
 

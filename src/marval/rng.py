@@ -17,7 +17,7 @@ def generator(*keys: int, device: torch.device | str = "cpu") -> torch.Generator
 
 
 def seed_dropout(*keys: int) -> None:
-    """Seed PyTorch's global generators, which dropout reads, from the keys (seed, step, rank)."""
+    """Seed PyTorch's global generators, which dropout reads, from keys such as (seed, use, step, first row)."""
     torch.manual_seed(generator(*keys).initial_seed())
 
 

@@ -9,7 +9,7 @@ best/                            the best model, where quality is measured (marv
 """
 
 import contextlib
-import hashlib
+import copy
 import json
 import platform
 import sys
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from marval import __version__
-from marval.checkpoint import load_state, read_json, save_state, write_atomically, write_json
+from marval.checkpoint import load_state, read_json, save_state, sha256, write_atomically, write_json
 from marval.config import RunConfig, filled, to_dict
 from marval.data import ImageDataset, LazyImages, prefetch
 from marval.distributed import World, restore, whole_state
@@ -38,8 +38,7 @@ FREE = ("device", "shard", "accumulate", "activation_checkpointing", "compile", 
 def digest_of(path: Path) -> str:
     """Start of the SHA-256 of a file, or of the weights in a folder or of a classifier that comes with marval."""
     path = classifier_folder(path)
-    with open(path if path.is_file() else path / "model.safetensors", "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    return sha256(path if path.is_file() else path / "model.safetensors")[:16]
 
 
 class Stateful(Protocol):
@@ -147,7 +146,7 @@ class Run:
                     what = f"the weights of its {name} have other names than this version's"
                     raise ValueError(f"{self.out / 'checkpoint.pt'}: {what}: go on with the version that wrote it")
                 restore(target, state[name])
-            extra.update(state["extra"])
+            extra.update(copy.deepcopy(state["extra"]))  # else views of a file that the next checkpoint replaces
             step = state["step"]
         steps = self.world.gather_rows(torch.tensor([step], device=self.world.device))
         if (steps != step).any():

@@ -204,7 +204,7 @@ def unmask(
             inputs = tokens, orders, z, both_labels, first, end, prepared
             if keep_grad and checkpoint_ar_steps:
                 new = checkpoint(step, *inputs, use_reentrant=False, preserve_rng_state=False)
-            elif draw.own_graph or cached is not None:
+            elif draw.own_graph:
                 new = step(*inputs, call)
             else:
                 new = call(("AR step", draw.kind, doubled), step, *inputs)

@@ -251,8 +251,6 @@ def tokenizer_from_dict(values: dict[str, Any], folder: Path | None = None) -> T
         return PixelTokenizer(**values)
     if kind != "latents":
         raise ValueError(f"unknown tokenizer kind {kind!r}: known are pixels, latents")
-    if "grid" in values:  # marval 0.1: always MAR's KL-16, without its weights
-        values |= {"image_size": 16 * values.pop("grid") * values["patch_size"], "stride": 16, "scale": MAR_SCALE}
     if folder is None:
         return LatentTokenizer(**values)
     found = describe(folder)

@@ -148,10 +148,7 @@ def train(config: TrainConfig, out: Path, resume: bool = False) -> Pipeline:
         dropped = torch.rand(config.batch, generator=g, device=world.device) < config.class_drop
         labels = torch.where(dropped, network.config.num_classes, labels)
         share = float(torch.rand((), generator=host))
-        if config.mask_ratios == "training":
-            num_masked = masking.training_masked_count(length, share)
-        else:
-            num_masked = masking.inference_masked_count(length, config.sampling.ar_steps, share)
+        num_masked = masking.masked_count(config.mask_ratios, length, config.sampling.ar_steps, share)
         visible, masked = draw_masks(config.batch, length, num_masked, g)
         shape = (config.batch, num_masked, config.head_batch_mul)
         t = torch.randint(0, len(schedule), shape, generator=g, device=world.device)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from marval.checkpoint import load_strictly, load_tensors, read_json, write_atomically
+from marval.checkpoint import load_strictly, load_tensors, read_json, sha256, write_atomically
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 KINDS = ("AutoencoderKL", "AutoencoderTiny", "AutoencoderTinyPool")
@@ -101,8 +101,7 @@ def load_autoencoder(folder: Path) -> "KL | TAESD":
 def autoencoder_digest(folder: Path) -> str:
     """Tells autoencoders apart by their settings and weights."""
     digest = hashlib.sha256((folder / CONFIG).read_bytes())
-    with open(folder / WEIGHTS, "rb") as file:
-        digest.update(hashlib.file_digest(file, "sha256").hexdigest().encode())
+    digest.update(sha256(folder / WEIGHTS).encode())
     return digest.hexdigest()
 
 
