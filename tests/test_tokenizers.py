@@ -152,9 +152,8 @@ def test_latents_of_a_taesd_have_a_range(tokenizer, codec):
     assert tokenizer_from_dict(values).token_range is None, "of an autoencoder that is not at hand nothing is known"
 
 
-def test_json_form_of_marval_0_1():
-    tokenizer = tokenizer_from_dict({"kind": "latents", "grid": 16, "channels": 16, "patch_size": 1})
-    assert tokenizer == LatentTokenizer(image_size=256, channels=16, patch_size=1, stride=16, scale=0.2325)
+def test_without_its_autoencoder_there_are_no_images():
+    tokenizer = LatentTokenizer(image_size=256, channels=16, patch_size=1, stride=16, scale=0.2325)
     assert (tokenizer.grid, tokenizer.has_images) == (16, False)
     with pytest.raises(ValueError, match=r"not in its folder: use sample_tokens\(\)"):
         tokenizer.decode(torch.zeros(1, 256, 16))
@@ -352,14 +351,6 @@ def test_raw_weights_that_are_not_there(model, tiny_mar, tmp_path):
     wrong = {"network": tiny_mar(width=32, token_dim=16).state_dict()}
     with pytest.raises(ValueError, match=r"b/checkpoint\.pt: tensor '.*' has shape"):
         marval.load(run_folder(tmp_path / "b", model, wrong), weights="raw")
-
-
-def test_folders_that_stored_activation_checkpointing(model, tmp_path):
-    model.save(tmp_path / "model")
-    config = json.loads((tmp_path / "model" / "config.json").read_text())
-    config["model"]["activation_checkpointing"] = True
-    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
-    assert torch.equal(marval.load(tmp_path / "model").sample_tokens([2]), model.sample_tokens([2]))
 
 
 def test_files_are_as_readable_as_others(model, tmp_path):
