@@ -40,7 +40,7 @@ from torch import Tensor, nn
 from marval import imagenet, importing, recipes
 from marval.__main__ import main as marval
 from marval.checkpoint import load_tensors, read_json, write_json
-from marval.config import PRESETS, EvaluateConfig, MARConfig, RunConfig, StudentConfig
+from marval.config import PRESETS, EvaluateConfig, MARConfig, RLConfig, RunConfig, StudentConfig
 from marval.distill import distill
 from marval.dryrun import GIB, machine_rate, plan
 from marval.models import blip
@@ -158,7 +158,7 @@ def write_imagereward(folder: Path, vision: dict[str, Any], text: dict[str, Any]
     folder.mkdir()
     torch.save(tensors, folder / blip.WEIGHTS)
     write_json(folder / blip.TEXT_CONFIG, text)
-    prompts = " ".join([recipes.PROMPT, *imagenet.names()]).lower()
+    prompts = " ".join([RLConfig().prompt, *imagenet.names()]).lower()
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted(set(re.findall(r"\w+|[^\w\s]", prompts)))]
     words += [f"[unused{i}]" for i in range(text["vocab_size"] - 2 - len(words))]
     (folder / "vocab.txt").write_text("\n".join(words) + "\n")

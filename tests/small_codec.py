@@ -7,8 +7,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from marval.checkpoint import save_tensors, write_json
-from marval.latents import sha256
+from marval.checkpoint import save_tensors, sha256, write_json
 from marval.models.autoencoders import CONFIG, TAESD, WEIGHTS
 
 

@@ -18,11 +18,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from marval.checkpoint import read_json, write_atomically, write_json
+from marval.checkpoint import read_json, sha256, write_atomically, write_json
 from marval.data import prefetch, split_folders, stated_licence
 from marval.distributed import World, connect
 from marval.images import THREADS, image_grid, save_png
-from marval.latents import FORMAT, load_latents, read_index, sha256
+from marval.latents import FORMAT, load_latents, read_index
 from marval.listing import Entry, Listing, list_images, load_square
 from marval.models.autoencoders import autoencoder_digest, link_autoencoder
 from marval.run import writable_folder
