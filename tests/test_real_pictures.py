@@ -3,7 +3,7 @@
 import json
 import shutil
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -46,6 +46,31 @@ def test_rows_of_a_student_of_several_evaluations(scripts):
     rows = scripts[0].all_rows(8, [4], False, (10,), (10,), [4, 2])
     names = [row.name for row in rows if row.model == "student"]
     assert names == ["student-k8", "student-k8-4", "student-k8-2", "student-k4"]
+
+
+def test_chunks_drawn_at_once_as_on_a_gpu(scripts, models, quick, monkeypatch, tmp_path):
+    """The images and files of smaller batches; what is missing is drawn again."""
+    real_pictures = scripts[0]
+    monkeypatch.setattr(real_pictures, "CHUNK", 4)
+    monkeypatch.setattr(real_pictures, "CHUNKS_ON_A_GPU", 2)
+    study = real_pictures.Study("digits", models, sets=tmp_path, quick=True)
+    row = next(row for row in study.rows if row.model == "student")
+    images = study.draw(row, 0, 18)[0]
+    real, calls = study.models["student"], []
+
+    def sample(labels: list[int], **settings: Any) -> np.ndarray:
+        calls.append((settings["first_image"], len(labels)))
+        return real.sample(labels, **settings)
+
+    gpu = SimpleNamespace(type="cuda")
+    study.models["student"] = SimpleNamespace(device=gpu, class_names=real.class_names, sample=sample)
+    assert np.array_equal(study.draw(row, 0, 18)[0], images)
+    assert calls == [(0, 8), (8, 8), (16, 2)]
+    files = sorted(tmp_path.glob("*/images-*.npz"), key=lambda file: (file.parent.stat().st_mtime_ns, file.name))[-5:]
+    assert [file.name[7:13] for file in files] == ["000000", "000004", "000008", "000012", "000016"]
+    files[2].unlink()
+    assert np.array_equal(study.draw(row, 0, 19)[0][:18], images)
+    assert calls[3:] == [(8, 8), (16, 3)]
 
 
 def test_run_resume_clock_page(scripts, models, quick, capsys):
