@@ -1,13 +1,13 @@
 """Models of pictures, from a data set's own files to the rows of docs/results.md: every command in turn.
 
-    python benchmarks/picture_models.py fashion-mnist DOWNLOADED runs/fashion
-    python benchmarks/picture_models.py imagenette64 DOWNLOADED runs/imagenette64 --weights WEIGHTS --device cuda
-    python benchmarks/picture_models.py imagenette64 DOWNLOADED runs/imagenette64 --weights WEIGHTS --print
+    python benchmarks/picture_models.py fashion-mnist DOWNLOADED runs/my-fashion
+    python benchmarks/picture_models.py imagenette64 DOWNLOADED runs/my-photos --weights WEIGHTS --device cuda
+    python benchmarks/picture_models.py imagenette64 DOWNLOADED runs/my-photos --weights WEIGHTS --print
 
 The first argument is a recipe. DOWNLOADED: as prepare_data.py takes it (of Imagenette, only packed). WEIGHTS: a folder
 with published weights under their own names, those of the tiny autoencoder taef2 for recipes in latents, ResNets for
 CIFAR-10, MobileNetV2 for Imagenette. The rows go to benchmarks/results/real_pictures_NAME.json, NAME being that of the
-folder of models.
+folder of models: a name that is not there yet.
 
 What is made is not made again, and what was interrupted goes on, so a GPU that is there for a few minutes at a time
 will do. ``--stages`` runs some of them, as for several processes at once.
@@ -22,6 +22,8 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+
+from results_page import places
 
 from marval.recipes import TRAIN
 
@@ -110,6 +112,9 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="a trial: models of two updates, 40 images")
     given = parser.parse_args(args)
     found = stages(given.recipe, given.downloaded, given.folder, given.weights, given.device, given.quick)
+    results = places(given.quick).results / f"real_pictures_{given.folder.name}.json"
+    if results.exists() and not given.quick and not (given.folder / "teacher").exists():
+        raise ValueError(f"{results} holds rows of other models: give FOLDER another name than {given.folder.name}")
     globs = given.stages.split(",")
     for glob in globs:
         if not fnmatch.filter([stage.name for stage in found], glob):

@@ -43,8 +43,11 @@ def test_commands_of_every_recipe(recipe: str, capsys: pytest.CaptureFixture[str
     assert recipe in RL
 
 
-def test_errors(tmp_path: Path):
+def test_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="cifar10 needs published weights: give --weights FOLDER"):
         picture_models.main(["cifar10", "downloads", "runs/mine", "--print"])
+    with pytest.raises(ValueError, match=r"real_pictures_emoji\.json holds rows of other models: give FOLDER another"):
+        picture_models.main(["emoji", "downloads", "runs/emoji", "--stages", "data"])
     with pytest.raises(ValueError, match="--stages 'techer' is none of data, classifier, judge, teacher, "):
         picture_models.main(["emoji", "downloads", "runs/mine", "--stages", "techer", "--print"])

@@ -129,6 +129,7 @@ def test_any_number_of_ar_steps(make, kind):
         ({"guidance": float("nan")}, "guidance .* got nan"),
         ({"guidance": float("inf")}, "guidance .* got inf"),
         ({"temperature": -1.0}, "temperature must not be negative, got -1.0"),
+        ({"guidance": float("nan")}, "guidance must be finite, got nan"),
         ({"solver": "euler"}, "unknown solver 'euler'"),
         ({"guidance_schedule": "cosine"}, "unknown guidance_schedule 'cosine'"),
         ({"order": "spiral"}, "unknown order 'spiral'"),

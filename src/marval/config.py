@@ -158,7 +158,8 @@ class SamplingConfig:
         check(self.evaluations >= 1, f"the number of evaluations must be at least 1, got {self.evaluations}")
         for name in ("guidance", "temperature"):
             value = getattr(self, name)
-            check(0 <= value < math.inf, f"{name} must not be negative, got {value}")
+            check(math.isfinite(value), f"{name} must be finite, got {value}")
+            check(value >= 0, f"{name} must not be negative, got {value}")
         check_choices(self)
 
 

@@ -312,13 +312,9 @@ def _policy_step(
 
 
 def _evaluate(
-    config: EvaluateConfig,
-    model: MARConfig,
-    share: _Share,
-    decoder: Decoder,
-    student: StudentConfig | None,
+    config: EvaluateConfig, model: MARConfig, share: _Share, decoder: Decoder, student: StudentConfig | None,
     stored: SamplingConfig | None,
-) -> dict[str, Any]:
+) -> dict[str, Any]:  # fmt: skip
     network = _frozen(model, bool(student and student.guidance_range))
     default, costs = stored, []
     if default is None:  # as MAR
