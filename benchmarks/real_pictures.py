@@ -51,7 +51,7 @@ from marval.distill import make_student
 from marval.evaluate import NEIGHBOURS, weights_digest
 from marval.features import FeatureNetwork, load_features
 from marval.images import image_grid, save_png
-from marval.metrics import Moments, Statistics, frechet_distance, precision_recall
+from marval.metrics import frechet_distance, moments_of, precision_recall
 from marval.pipeline import Pipeline
 from marval.reference import CHUNK, load_reference, save_reference
 from marval.rng import generator
@@ -104,12 +104,6 @@ def all_rows(
     return found
 
 
-def moments(features: Tensor) -> Moments:
-    statistics = Statistics(features.shape[1])
-    statistics.add(features)
-    return statistics.moments()
-
-
 def quality(
     images: np.ndarray, labels: np.ndarray, counts: Sequence[int], networks: Mapping[str, FeatureNetwork],
     real: Features, class_names: Sequence[str],
@@ -124,14 +118,14 @@ def quality(
     if indices is None or logits is None:
         raise ValueError(f"{networks['judge'].name} does not read all of the classes {', '.join(class_names)}")
     right = logits.argmax(1).numpy() == indices[labels]
-    whole = {name: {split: moments(x) for split, x in splits.items()} for name, splits in real.items()}
+    whole = {name: {split: moments_of(x) for split, x in splits.items()} for name, splits in real.items()}
     train, device = real["judge"]["train"], networks["judge"].device
     train = train[torch.randperm(len(train), generator=generator(0))].to(device)  # the data may be sorted by class
     found: dict[int, dict[str, float]] = {}
     for count in counts:
         values: dict[str, float] = {"images": min(count, len(images)), "accuracy": float(right[:count].mean())}
         for name, features in seen.items():
-            drawn = moments(features.pooled[:count])
+            drawn = moments_of(features.pooled[:count])
             for split, reference in whole[name].items():
                 values[f"fid_{name}_{split}"] = frechet_distance(reference, drawn)
         pooled = seen["judge"].pooled[:count].to(device)

@@ -17,15 +17,15 @@ from small_codec import make_codec, write_images
 from marval.__main__ import main
 from marval.checkpoint import load_state, save_state
 from marval.config import DistillConfig, EvaluateConfig, GSIMConfig, TrainConfig
-from marval.curve import Curve, of_images, subset
-from marval.data import ImageDataset, load_data, load_dataset
+from marval.curve import Curve, subset
+from marval.data import load_data, load_dataset
 from marval.distill import distill
 from marval.distributed import World
 from marval.evaluate import evaluate
 from marval.features import load_features
 from marval.monitor import HELD_OUT_SEED
 from marval.pipeline import Pipeline
-from marval.reference import load_reference
+from marval.reference import load_reference, of_images
 from marval.run import Run
 from marval.train import train
 
@@ -187,9 +187,8 @@ def own_network(folder: Path) -> str:
 
 def test_no_more_features_in_memory_than_are_used(tmp_path: Path):
     images = np.random.default_rng(0).integers(0, 256, (2500, 2, 2, 1), np.uint8)
-    data = ImageDataset(images, np.zeros(2500, np.int64), ["noise"], "noise", "none")
-    some = subset(2500, watched(TRAIN))
-    reference = of_images(data, load_features(own_network(tmp_path)), ALONE, some)
+    network, some = load_features(own_network(tmp_path)), subset(2500, watched(TRAIN))
+    reference = of_images("noise", "", 2500, lambda rows: images[np.array(rows)], network, ALONE, some)
     assert reference.features is not None
     mean = torch.from_numpy(images[some.numpy()] / 255).mean((1, 2, 3))
     assert torch.allclose(reference.features[:, 0].double(), mean, atol=1e-6)

@@ -13,9 +13,10 @@ from safetensors.torch import load_file
 from marval.config import DistillConfig, GSIMConfig, StudentConfig
 from marval.data import load_dataset, save_png
 from marval.distill import distill, make_student
-from marval.evaluate import frechet_distance, image_moments, sample_in_turn
+from marval.draw import sample_in_turn
+from marval.features import load_features
 from marval.matching import Context, ScoreMatching, load_scores
-from marval.models.classifier import Classifier
+from marval.metrics import frechet_distance, moments_of
 from marval.pipeline import Pipeline
 
 SHORT = DistillConfig(trained="head", steps=3, batch=8, ar_steps=4, log_every=1, sample_every=0, warmup=1)
@@ -23,9 +24,10 @@ SHORT = DistillConfig(trained="head", steps=3, batch=8, ar_steps=4, log_every=1,
 
 def frechet(model: Pipeline) -> float:
     """Distance of 300 images to the digits over the small classifier's features."""
-    network = Classifier.load(tiny.classifier())
+    network = load_features(str(tiny.classifier()))
     images, _ = sample_in_turn(model, range(10), 300, seed=1)
-    return frechet_distance(image_moments(load_dataset("digits").images, network), image_moments(images, network))
+    real = load_dataset("digits").images
+    return frechet_distance(*(moments_of(network(some).pooled) for some in (real, images)))
 
 
 def test_a_student_is_better_than_one_untrained_step():

@@ -17,19 +17,13 @@ from marval import reference as references
 from marval.bench import seconds_per_image
 from marval.config import EvaluateConfig
 from marval.data import center_crop, load_dataset, save_png
-from marval.evaluate import (
-    class_accuracy,
-    evaluate,
-    evaluate_folder,
-    head_evaluations_per_token,
-    image_moments,
-    reference_moments,
-    sample_in_turn,
-)
+from marval.draw import head_evaluations_per_token, sample_in_turn
+from marval.evaluate import evaluate, evaluate_folder
 from marval.features import classifier_features, load_features
-from marval.metrics import frechet_distance, inception_score, kernel_distance, precision_recall
+from marval.metrics import frechet_distance, inception_score, kernel_distance, moments_of, precision_recall
 from marval.models.classifier import Classifier
 from marval.pipeline import Pipeline
+from marval.quickstart import read as read_by
 from marval.reference import load_reference
 from marval.rng import generator
 from marval.tables import WIDTH
@@ -62,16 +56,12 @@ def read(path: Path) -> dict[str, Any]:
 # ---- images in memory
 
 
-def test_no_image_is_too_few():
-    with pytest.raises(ValueError, match="at least 2 images, got 0"):
-        image_moments(np.zeros((0, 8, 8, 1), np.uint8), Classifier.load(tiny.classifier()))
-
-
-def test_accuracy():
+def test_a_classifier_reads_images():
     network, data = Classifier.load(tiny.classifier()), load_dataset("digits", "test")
-    accuracy, log_prob = class_accuracy(data.images, data.labels, network, batch=100)
+    moments, accuracy, log_prob = read_by(classifier_features(network), data.images, data.labels)
     logits = network(to_float(torch.from_numpy(data.images))).detach()
     labels = torch.from_numpy(data.labels)
+    assert moments.count == len(data)
     assert accuracy == pytest.approx(float((logits.argmax(1) == labels).float().mean()))
     assert log_prob == pytest.approx(-float(torch.nn.functional.cross_entropy(logits, labels)), rel=1e-5)
 
@@ -98,7 +88,8 @@ def test_evaluations_of_the_head():
 def test_references_agree(tmp_path: Path):
     """The training digits by name, as a folder, as an .npz of images and as an .npz of statistics."""
     network, data = Classifier.load(tiny.classifier()), load_dataset("digits", "train")
-    by_name = reference_moments("digits", network)
+    features = classifier_features(network)
+    by_name = load_reference("digits", features).moments
     assert by_name.count == len(data)
     expected = network.features(to_float(torch.from_numpy(data.images))).detach().double().numpy()
     np.testing.assert_allclose(by_name.mu, expected.mean(0), rtol=1e-5, atol=1e-6)
@@ -111,11 +102,10 @@ def test_references_agree(tmp_path: Path):
     for i, image in enumerate(data.images[:60]):
         save_png(tmp_path / "folder" / ("nested" if i >= 40 else "") / f"{i:04d}.png", image)
     for name in ("images.npz", "adm.npz", "statistics.npz"):
-        moments = reference_moments(str(tmp_path / name), network)
+        moments = load_reference(str(tmp_path / name), features).moments
         np.testing.assert_allclose(moments.mu, by_name.mu, rtol=1e-6)
         np.testing.assert_allclose(moments.sigma, by_name.sigma, rtol=1e-6, atol=1e-9)
-    first = image_moments(data.images[:60], network)
-    features = classifier_features(network)
+    first = moments_of(features(data.images[:60]).pooled)
     for size in (None, 8):
         reference = load_reference(str(tmp_path / "folder"), features, size, channels=1)
         np.testing.assert_allclose(reference.moments.sigma, first.sigma, rtol=1e-5, atol=1e-7)

@@ -599,7 +599,7 @@ def test_bf16_recomputes_the_log_probability_exactly():
     batch = Batch(torch.tensor([1, 1, 2, 2]), [""] * 4, orders, z, w, exploration, steps)
     rollout = algorithm.draw(batch)
     for k in range(4):
-        with autocast(config, z.device):
+        with autocast(config.precision, z.device):
             target, condition = algorithm.condition(model.network, batch, rollout.actions, k)
             mean = algorithm.mean(model.network, batch, target, condition)
         log_prob = gaussian_log_prob(gather_tokens(rollout.actions, target), mean, config.std)

@@ -159,7 +159,7 @@ class GroupGradient(Algorithm):
         """Draw the actions, and score the images that they make."""
         actions, log_prob = torch.zeros_like(batch.z), batch.z.new_zeros(batch.z.shape[:2])
         for k in range(self.config.ar_steps):
-            with autocast(self.config, batch.z.device):
+            with autocast(self.config.precision, batch.z.device):
                 target, condition = self.condition(self.model.network, batch, actions, k)
                 mean = self.mean(self.model.network, batch, target, condition)
             action = mean + self.config.std * gather_tokens(batch.exploration, target)

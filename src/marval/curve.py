@@ -21,12 +21,10 @@ from marval.config import CurveConfig, EvaluateConfig
 from marval.data import ImageDataset
 from marval.distributed import World
 from marval.evaluate import check_features, evaluate
-from marval.features import FeatureNetwork, load_features
 from marval.latents import LatentDataset
-from marval.metrics import Statistics
 from marval.monitor import HELD_OUT_SEED
 from marval.pipeline import Pipeline
-from marval.reference import Reference, features_in_chunks, load_reference, split_of
+from marval.reference import Reference, load_network, load_reference, of_images, split_of
 from marval.rng import generator
 from marval.run import Run
 
@@ -65,9 +63,7 @@ class Curve:
         if not config.reference and isinstance(data, LatentDataset):
             remedy = "name real images, or their statistics, with --reference"
             raise ValueError(f"{data.source}, are latents, and evaluations compare images: {remedy}")
-        network = load_features(config.features, world.device) if world.is_main else None
-        world.barrier()  # the first process may have had to download it
-        self.network = network or load_features(config.features, world.device)
+        self.network = load_network(config.features, world)
         self.best["network"] = self.network.digest
         size, channels = model.tokenizer.image_size, model.tokenizer.image_channels
         self.network(np.zeros((1, size, size, channels), np.uint8))
@@ -106,7 +102,12 @@ class Curve:
         """
         config, tokenizer = self.config, self.model.tokenizer
         if not config.reference and not isinstance(self.data, LatentDataset):
-            return of_images(self.data, self.network, self.world, subset(len(self.data), config))
+            data, images = self.data, self.data.images
+            found = of_images(
+                data.source, "training images", len(data), lambda rows: images[np.array(rows)], self.network,
+                self.world, subset(len(data), config),
+            )  # fmt: skip
+            return dataclasses.replace(found, spatial=None)  # no sFID in MEASURES
         sizes = tokenizer.image_size, tokenizer.image_channels
         found = load_reference(config.reference, self.network, *sizes, self.world)
         if found.features is None:
@@ -171,27 +172,6 @@ def subset(count: int, config: CurveConfig) -> Tensor:
     if count <= config.eval_images:
         return torch.arange(count)
     return torch.randperm(count, generator=generator(config.seed, _SUBSET_KEY))[: config.eval_images]
-
-
-def of_images(data: ImageDataset, network: FeatureNetwork, world: World, some: Tensor) -> Reference:
-    """The training images as a network sees them: moments of all, features of those with the numbers ``some`` (M,)."""
-    images, statistics, features, start = data.images, None, torch.empty(0), 0
-    row_of = torch.full((len(images),), -1)
-    row_of[some] = torch.arange(len(some))
-
-    def read(rows: range) -> np.ndarray:
-        return images[np.array(rows)]
-
-    for part in features_in_chunks(len(images), read, network, world, "reference"):
-        pooled = part["pooled"]
-        if statistics is None:
-            statistics, features = Statistics(pooled.shape[1]), pooled.new_empty(len(some), pooled.shape[1])
-        statistics.add(pooled)
-        rows = row_of[start : start + len(pooled)]
-        features[rows[rows >= 0]] = pooled[rows >= 0]
-        start += len(pooled)
-    assert statistics is not None
-    return Reference(data.source, "training images", len(images), statistics.moments(), None, features)
 
 
 def folder(out: Path) -> Path:

@@ -191,11 +191,11 @@ def distill(
             current.save(where)
 
     def given(*context: Tensor) -> Context:
-        with autocast(config, world.device):
+        with autocast(config.precision, world.device):
             return matching.context(*context)
 
     def refreshed(*context: Tensor) -> Context:
-        with autocast(config, world.device):
+        with autocast(config.precision, world.device):
             return matching.refresh(Context(*context))
 
     def read(step: int) -> tuple[Tensor, Tensor]:
@@ -230,7 +230,7 @@ def distill(
             target = gather_tokens(tokens, masked[rows])
             spread = {"data_std": target.std(), "image_std": tokens.std()}
             add_weighted(watched, weight, {"data_mean": target.mean(), **spread})
-            with torch.no_grad(), autocast(config, world.device):
+            with torch.no_grad(), autocast(config.precision, world.device):
                 if rolls:
                     upto = counts[: counts.index(num_masked) + 1]
                     draw = few_evaluations(student.head, model.schedule, (config.student.t_init,), clamp=clamp)

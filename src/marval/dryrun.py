@@ -375,7 +375,7 @@ def _contexts(
     when it meets the same ones again."""
     tokens, visible, masked, labels = _inputs(model, share.part, num_masked)
     w, condition = _zeros(share.part, 1), _zeros(share.part, num_masked, model.width)
-    with autocast(config, ALONE.device):
+    with autocast(config.precision, ALONE.device):
         if again:
             context = Context(tokens, visible, masked, labels, w, condition, condition, condition)
             return [matching.refresh(context) for _ in range(share.parts)]
@@ -425,7 +425,7 @@ def _ar_loop(network: MAR, config: Any, ar_steps: int, draw: Any, count: int, ne
         tokens, _, _, labels = _inputs(model, count, 1)
         orders = _zeros(count, model.num_tokens, dtype=torch.long)
         w = 2.0 if needs_null else _zeros(count, 1)
-        with torch.no_grad(), autocast(config, ALONE.device):
+        with torch.no_grad(), autocast(config.precision, ALONE.device):
             last(unmask(network, draw, labels, orders, counts[k : k + 2], tokens, guidance=w, needs_null=needs_null))
 
     cost = _over(range(ar_steps), step)

@@ -21,16 +21,12 @@ from tqdm import tqdm
 
 from marval import reference as references
 from marval.checkpoint import read_json, save_arrays, write_atomically, write_json
-from marval.config import EvaluateConfig, RunConfig, to_dict, warn
+from marval.config import EvaluateConfig, to_dict, warn
 from marval.distributed import World, connect
 from marval.draw import file_name, refuse_cache
-from marval.draw import head_evaluations_per_token as head_evaluations_per_token  # these are imported from here too
-from marval.draw import sample_in_turn as sample_in_turn
-from marval.draw import save_images as save_images
-from marval.features import BATCH, FeatureNetwork, classifier_features, load_features
+from marval.features import BATCH, FeatureNetwork
 from marval.images import save_png
 from marval.metrics import (
-    Moments,
     Statistics,
     frechet_distance,
     inception_score,
@@ -38,9 +34,17 @@ from marval.metrics import (
     mean_interval,
     precision_recall,
 )
-from marval.models.classifier import Classifier
 from marval.pipeline import Pipeline
-from marval.reference import Reference, chunk_rows, gather_chunks, load_reference, num_chunks, rounds, split_of
+from marval.reference import (
+    Reference,
+    chunk_rows,
+    gather_chunks,
+    load_network,
+    load_reference,
+    num_chunks,
+    rounds,
+    split_of,
+)
 from marval.reward_files import check_files, code_of, listed, parts_of
 from marval.rewards import BaseReward, UserReward, class_prompts, load_reward, score
 from marval.rng import generator
@@ -60,48 +64,12 @@ PREFIX, REWARDS_FILE = "reward ", "rewards.npz"
 Reward = Callable[[Tensor, list[str]], Tensor]
 
 
-# ---- images in memory, features of a classifier
-
-
-@torch.no_grad()
-def image_moments(images: np.ndarray, network: Classifier, batch: int = 512) -> Moments:
-    """Moments of the network's features over uint8 NHWC images."""
-    stats: Statistics | None = None
-    for start in range(0, len(images), batch):
-        features = network.features(to_float(torch.from_numpy(images[start : start + batch])))
-        stats = stats or Statistics(features.shape[1])
-        stats.add(features)
-    if stats is None:
-        raise ValueError("a Frechet distance needs at least 2 images, got 0")
-    return stats.moments()
-
-
-def reference_moments(reference: str, network: Classifier) -> Moments:
-    """Moments of real images over a classifier's features; see `load_reference`."""
-    return load_reference(reference, classifier_features(network)).moments
-
-
-@torch.no_grad()
-def class_accuracy(images: np.ndarray, labels: np.ndarray, judge: Classifier, batch: int = 512) -> tuple[float, float]:
-    """Share of images that the judge reads as the asked class, and its mean log-probability of that class."""
-    asked, right, log_prob = torch.from_numpy(labels), 0.0, 0.0
-    for start in range(0, len(images), batch):
-        out = judge(to_float(torch.from_numpy(images[start : start + batch]))).log_softmax(1)
-        target = asked[start : start + batch]
-        right += float((out.argmax(1) == target).sum())
-        log_prob += float(out.gather(1, target[:, None]).sum())
-    return right / len(images), log_prob / len(images)
-
-
-# ---- a model measured
-
-
 @torch.no_grad()
 def draw(
     model: Pipeline, labels: Sequence[int], first: int, config: EvaluateConfig, settings: Mapping[str, Any]
 ) -> np.ndarray:
     """Images number ``first`` and on, of these labels, uint8 NHWC. The tokenizer decodes in float32, few at a time."""
-    with autocast(RunConfig(precision=config.precision), model.device):
+    with autocast(config.precision, model.device):
         tokens = model.sample_tokens(
             labels, seed=config.seed, first_image=first, batch_size=config.batch, **settings
         )  # fmt: skip
@@ -399,7 +367,7 @@ def evaluate_folder(
     if any(_draws(other) != _draws(model) for other in models):
         raise ValueError(f"{folders[1]} draws other classes, images or tokens than {folders[0]}: --before is the same "
                          "model before RL")  # fmt: skip
-    network = _load_network(spec, config, world)
+    network = load_network(spec, world, config.inception_weights)
     if not config.shard:
         for other in models:
             other.accelerate()
@@ -531,10 +499,3 @@ def _classifier(spec: str, rewards: Sequence[str]) -> str:
             f"reward {needy[0]!r} asks the network of --features, and {spec} is no classifier: name {which}"
         )
     return ""
-
-
-def _load_network(spec: str, config: EvaluateConfig, world: World) -> FeatureNetwork:
-    """The first process first: it may have to download the weights."""
-    network = load_features(spec, world.device, config.inception_weights) if world.is_main else None
-    world.barrier()
-    return network or load_features(spec, world.device, config.inception_weights)

@@ -20,12 +20,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from marval import imagenet
 from marval.checkpoint import sha256
 from marval.models.classifier import Classifier
-from marval.models.vision import CIFAR10, CifarResNet, MobileNetV2
+from marval.models.vision import PublishedClassifier
 from marval.shipped import classifier_folder
 from marval.tokenizers import to_float
 from marval.user_code import import_function
@@ -111,9 +110,7 @@ def load_features(spec: str, device: torch.device | str = "cpu", inception_weigh
     if ".py:" in spec:
         return user_features(spec, device)
     if path.suffix in (".npz", ".th"):
-        if not path.is_file():
-            raise ValueError(f"no feature network {spec}: the file does not exist")
-        return (mobilenet_features if path.suffix == ".npz" else cifar_features)(path, device)
+        return published_features(path, device)
     path = classifier_folder(path)
     if not path.is_dir():
         known = (
@@ -243,41 +240,17 @@ def inception_features(weights: str, device: torch.device) -> FeatureNetwork:
 # ---- published classifiers
 
 
-def mobilenet_features(path: Path, device: torch.device) -> FeatureNetwork:
-    """ImageNet MobileNetV2: 1,280 pooled features, 1,000 logits, and spatial features.
-
-    The spatial ones are the first 26 channels of the 7x7 map before the pooling, 1,274 numbers: about as many as
-    pooled ones, which is how ADM chose Inception's 7 channels of 17x17.
-    """
-    network = MobileNetV2.load(path).to(device)
+def published_features(path: Path, device: torch.device) -> FeatureNetwork:
+    """See `PublishedClassifier`."""
+    network = PublishedClassifier.load(path).to(device)
 
     def run(images: Tensor) -> Features:
-        x = F.interpolate(to_float(_rgb(images)), size=(224, 224), mode="bilinear", antialias=True) * 2 - 1
-        last, pooled, logits = network(x)
-        return Features(pooled, last[:, :26].flatten(1), logits)
+        spatial, pooled, logits = network.outputs(to_float(images))
+        return Features(pooled, spatial, logits)
 
-    name = f"ImageNet MobileNetV2 ({path.name})"
-    preprocessing = "pixels in [-1, 1], bilinear with antialiasing to 224x224"
-    return FeatureNetwork(name, preprocessing, sha256(path)[:16], imagenet.names(), device, run)
-
-
-def cifar_features(path: Path, device: torch.device) -> FeatureNetwork:
-    """A CIFAR-10 ResNet of 20 to 110 layers, which the file tells: 64 pooled features and 10 logits."""
-    network = CifarResNet.load(path).to(device)
-    mean, std = (
-        torch.tensor(values, device=device)[:, None, None] for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-    )
-
-    def run(images: Tensor) -> Features:
-        x = to_float(_rgb(images))
-        if x.shape[-2:] != (32, 32):
-            x = F.interpolate(x, size=(32, 32), mode="bilinear", antialias=True)
-        pooled = network.features((x - mean) / std)
-        return Features(pooled, None, network.linear(pooled))
-
-    name = f"CIFAR-10 ResNet-{network.depth} ({path.name})"
-    preprocessing = "32x32 (others: bilinear with antialiasing), ImageNet's mean and std"
-    return FeatureNetwork(name, preprocessing, sha256(path)[:16], CIFAR10, device, run)
+    return FeatureNetwork(
+        network.name, network.preprocessing, sha256(path)[:16], network.class_names, device, run
+    )  # fmt: skip
 
 
 # ---- a user's function

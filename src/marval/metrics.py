@@ -47,6 +47,13 @@ class Statistics:
         return Moments(mu, sigma, self.count)
 
 
+def moments_of(features: Tensor) -> Moments:
+    """Of features (N, F) in one piece; ValueError if N < 2."""
+    statistics = Statistics(features.shape[1])
+    statistics.add(features)
+    return statistics.moments()
+
+
 def frechet_distance(a: Moments, b: Moments) -> float:
     """|mu_a - mu_b|^2 + Tr(S_a + S_b - 2 (S_a S_b)^(1/2)) (Heusel et al. 2017, arXiv 1706.08500, eq. 6).
 

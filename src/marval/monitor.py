@@ -17,10 +17,10 @@ from torch import Tensor
 
 from marval.config import RLConfig, warn
 from marval.distributed import World
-from marval.features import FeatureNetwork, load_features
-from marval.metrics import Statistics, frechet_distance, kernel_distance, precision_recall
+from marval.features import FeatureNetwork
+from marval.metrics import frechet_distance, kernel_distance, moments_of, precision_recall
 from marval.pipeline import Pipeline
-from marval.reference import Reference, load_reference
+from marval.reference import Reference, load_network, load_reference
 from marval.reward_files import listed, short_name
 from marval.rewards import (
     PROBE,
@@ -166,9 +166,7 @@ class Monitor:
         if config.select == "fid" and not config.reference:
             warn("--select fid measures to images of the starting student, which hardly improves: name --reference")
         if spec:
-            network = load_features(spec, world.device) if world.is_main else None
-            world.barrier()  # the first process may have had to download it
-            network = network or load_features(spec, world.device)
+            network = load_network(spec, world)
             if config.reference:
                 sizes = student.tokenizer.image_size, student.tokenizer.image_channels
                 reference = load_reference(config.reference, network, *sizes, world)
@@ -186,9 +184,7 @@ class Monitor:
         if network is None or reference is not None:
             return monitor
         features = monitor.rows(student, config.range_seeds)["features"]
-        stats = Statistics(features.shape[1])
-        stats.add(features)
-        own = Reference("starting student", "its images", len(features), stats.moments(), None, features)
+        own = Reference("starting student", "its images", len(features), moments_of(features), None, features)
         return dataclasses.replace(monitor, reference=own)
 
     @torch.no_grad()
@@ -244,9 +240,7 @@ class Monitor:
 
     def distances(self, features: Tensor, reference: Reference) -> dict[str, float]:
         """FID, KID, precision and recall of features (N, F)."""
-        stats = Statistics(features.shape[1])
-        stats.add(features)
-        values = {"fid": frechet_distance(reference.moments, stats.moments())}
+        values = {"fid": frechet_distance(reference.moments, moments_of(features))}
         real = reference.features
         if real is not None and min(len(real), len(features)) > NEIGHBOURS:
             subsets = 1 if max(len(real), len(features)) <= 1000 else 10

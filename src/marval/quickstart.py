@@ -17,15 +17,11 @@ from marval.checkpoint import read_json, save_arrays, write_json
 from marval.config import DistillConfig, RLConfig, TrainConfig, check, filled, to_dict
 from marval.data import image_grid, load_dataset, save_png
 from marval.distill import distill, make_student
-from marval.evaluate import (
-    class_accuracy,
-    frechet_distance,
-    head_evaluations_per_token,
-    image_moments,
-    sample_in_turn,
-    weights_digest,
-)
+from marval.draw import head_evaluations_per_token, sample_in_turn
+from marval.evaluate import weights_digest
+from marval.features import FeatureNetwork, classifier_features
 from marval.masking import masked_counts
+from marval.metrics import Moments, frechet_distance, moments_of
 from marval.models.classifier import Classifier, train_classifier
 from marval.pipeline import Pipeline
 from marval.report import write_report
@@ -145,6 +141,15 @@ def digit_classifier(folder: Path, arch: Any, seed: int, epochs: int) -> Classif
     return Classifier.load(folder)
 
 
+def read(network: FeatureNetwork, images: np.ndarray, labels: np.ndarray) -> tuple[Moments, float, float]:
+    """Moments of a classifier's features; share of images that it reads as the asked class, and the mean
+    log-probability of that class."""
+    found, asked = network(images), torch.from_numpy(labels)
+    assert found.logits is not None
+    log_prob = found.logits.log_softmax(1).gather(1, asked[:, None])
+    return moments_of(found.pooled), float((found.logits.argmax(1) == asked).double().mean()), float(log_prob.mean())
+
+
 def measure(
     config: QuickstartConfig, models: dict[str, Pipeline], classifier: Classifier, judge: Classifier, out: Path
 ) -> dict[str, Any]:
@@ -152,7 +157,8 @@ def measure(
     real = load_dataset("digits", "train")
     halves = np.random.default_rng(config.seed).permutation(len(real))
     half = len(real) // 2
-    moments = {network: image_moments(real.images, network) for network in (classifier, judge)}
+    networks = {"classifier": classifier_features(classifier), "judge": classifier_features(judge)}
+    moments = {name: read(network, real.images, real.labels)[0] for name, network in networks.items()}
     results: dict[str, Any] = {}
     everything = dict(models)
     everything["one_step_untrained"] = make_student(models["teacher"], config.distill)
@@ -166,11 +172,12 @@ def measure(
             images, labels = sample_in_turn(
                 model, range(10), config.num_images, config.seed, title=name, batch_size=250
             )
-            accuracy, reward = class_accuracy(images, labels, classifier)
+            seen, accuracy, reward = read(networks["classifier"], images, labels)
+            held_out, accuracy_held_out, _ = read(networks["judge"], images, labels)
             cached[name] = {
-                "fid": frechet_distance(moments[classifier], image_moments(images, classifier)),
-                "fid_heldout_features": frechet_distance(moments[judge], image_moments(images, judge)),
-                "accuracy": accuracy, "accuracy_heldout": class_accuracy(images, labels, judge)[0], "reward": reward,
+                "fid": frechet_distance(moments["classifier"], seen),
+                "fid_heldout_features": frechet_distance(moments["judge"], held_out),
+                "accuracy": accuracy, "accuracy_heldout": accuracy_held_out, "reward": reward,
                 "head_evaluations_per_token": head_evaluations_per_token(model),
                 "ar_steps": model.sampling.ar_steps, "num_images": len(images), "weights": weights,
             }  # fmt: skip
@@ -181,8 +188,8 @@ def measure(
         for name in models:
             results[name][f"seconds_per_image_batch{batch}"] = seconds[name]
         results[f"speedup_batch{batch}"] = seconds["teacher"] / seconds["student"]
-    first, second = (image_moments(real.images[rows], classifier) for rows in (halves[:half], halves[half:]))
-    results["fid_floor"] = frechet_distance(first, second)
+    pooled = networks["classifier"](real.images).pooled
+    results["fid_floor"] = frechet_distance(moments_of(pooled[halves[:half]]), moments_of(pooled[halves[half:]]))
     repeats = config.latency_repeats
     results["settings"] = {
         "seed": config.seed,

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from marval.checkpoint import save_arrays
 from marval.data import ImageDataset, load_data
 from marval.distributed import World
-from marval.features import FeatureNetwork
+from marval.features import FeatureNetwork, load_features
 from marval.images import LazyImages, images_below, read_equal, read_images
 from marval.latents import Split, holds_latents
 from marval.metrics import Moments, Statistics
@@ -94,6 +94,13 @@ def features_in_chunks(
 # ---- references
 
 
+def load_network(spec: str, world: World, inception_weights: str = "") -> FeatureNetwork:
+    """`load_features` on every process, the first one first: it may have to download the weights."""
+    network = load_features(spec, world.device, inception_weights) if world.is_main else None
+    world.barrier()
+    return network or load_features(spec, world.device, inception_weights)
+
+
 def split_of(name: str) -> tuple[str, Split]:
     """``data:train`` or ``data:test`` -> data and split; any other name is whole."""
     data, colon, split = name.rpartition(":")
@@ -130,7 +137,7 @@ def load_reference(
                 return read_equal([paths[i] for i in rows], image_size, squares=False)
             return lazy[np.array(rows)]
 
-        return _from_images(name, source, len(paths), read, network, world)
+        return of_images(name, source, len(paths), read, network, world)
 
     if data == "digits" or split != "all":
         dataset = load_data(data, split if split != "all" else "train", image_size)
@@ -139,7 +146,7 @@ def load_reference(
         source = "held-out images" if split == "test" else "training split"
         if isinstance(images, LazyImages):
             return from_files(images.paths, images.image_size, source)
-        return _from_images(name, source, len(images), lambda rows: images[rows.start : rows.stop], network, world)
+        return of_images(name, source, len(images), lambda rows: images[rows.start : rows.stop], network, world)
     if path.is_dir() and image_size is not None:
         if not (paths := images_below(path)):
             read_images(path)  # raises the error that says so
@@ -147,24 +154,38 @@ def load_reference(
     arrays = _read_npz(path) if path.suffix == ".npz" and path.exists() else {}
     if "mu" not in arrays:
         images = arrays["arr_0"] if "arr_0" in arrays else read_images(path)
-        return _from_images(
+        return of_images(
             name, "images as they are", len(images), lambda rows: images[rows.start : rows.stop], network, world
         )
     return _from_statistics(name, arrays, network, world)
 
 
-def _from_images(
-    name: str, source: str, count: int, read: Callable[[range], np.ndarray], network: FeatureNetwork, world: World
-) -> Reference:
+def of_images(
+    name: str, source: str, count: int, read: Callable[[range], np.ndarray], network: FeatureNetwork, world: World,
+    some: Tensor | None = None,
+) -> Reference:  # fmt: skip
+    """Real images as a network sees them: moments of all, pooled features of all or of those numbered ``some`` (M,).
+
+    Args:
+        read: uint8 NHWC images of these numbers, of 0 .. count - 1.
+    """
     statistics: dict[str, Statistics] = {}
-    features: list[Tensor] = []
+    features, start = torch.empty(0), 0
+    some = torch.arange(count) if some is None else some
+    row_of = torch.full((count,), -1)
+    row_of[some] = torch.arange(len(some))
     for part in features_in_chunks(count, read, network, world, "reference"):
+        pooled = part["pooled"]
+        if not start:
+            features = pooled.new_empty(len(some), pooled.shape[1])
         for kind in ("pooled", "spatial"):
             if kind in part:
                 statistics.setdefault(kind, Statistics(part[kind].shape[1])).add(part[kind])
-        features.append(part["pooled"])
+        rows = row_of[start : start + len(pooled)]
+        features[rows[rows >= 0]] = pooled[rows >= 0]
+        start += len(pooled)
     moments = {kind: value.moments() for kind, value in statistics.items()}
-    return Reference(name, source, count, moments["pooled"], moments.get("spatial"), torch.cat(features))
+    return Reference(name, source, count, moments["pooled"], moments.get("spatial"), features)
 
 
 def _read_npz(path: Path) -> dict[str, np.ndarray]:

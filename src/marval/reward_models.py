@@ -4,16 +4,14 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from marval import imagenet
 from marval.checkpoint import read_state_dict
 from marval.hub import hub_file
 from marval.models.blip import ImageReward
 from marval.models.classifier import Classifier
 from marval.models.clip import Clip
 from marval.models.quality import Brisque, aesthetic_head
-from marval.models.vision import CIFAR10, CifarResNet, MobileNetV2
+from marval.models.vision import PublishedClassifier
 from marval.reward_files import HPS_CLIP, HPS_WEIGHTS, head_file
 
 
@@ -27,41 +25,12 @@ class BaseReward:
         raise NotImplementedError
 
 
-class PublishedClassifier(nn.Module):
-    """A published classifier on images float NCHW in [0, 1] of any size and 1 or 3 channels -> logits (B, K)."""
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, network: CifarResNet | MobileNetV2):
-        """CIFAR-10 ResNet: 32x32, ImageNet's normalisation. ImageNet MobileNetV2: 224x224, pixels in [-1, 1]."""
-        super().__init__()
-        is_cifar = isinstance(network, CifarResNet)
-        self.network = network
-        self.class_names = CIFAR10 if is_cifar else imagenet.names()
-        self.size = 32 if is_cifar else 224
-        mean, std = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)) if is_cifar else ((0.5,) * 3, (0.5,) * 3)
-        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1))
-        self.register_buffer("std", torch.tensor(std).view(3, 1, 1))
-
-    def forward(self, images: Tensor) -> Tensor:
-        x = images.expand(-1, 3, -1, -1)
-        if x.shape[2:] != (self.size, self.size):
-            x = F.interpolate(x, (self.size, self.size), mode="bilinear", antialias=True)
-        x = (x - self.mean) / self.std
-        if isinstance(self.network, CifarResNet):
-            return self.network.linear(self.network.features(x))
-        return self.network(x)[2]
-
-
 def load_classifier(source: str, device: torch.device | str) -> Classifier | PublishedClassifier:
     """A folder of marval train-classifier, a CIFAR-10 ResNet (.th) or ImageNet's MobileNetV2 (.npz), or ValueError."""
     path = Path(source)
     if path.suffix not in (".th", ".npz"):
         return Classifier.load(path, device)
-    if not path.is_file():
-        raise ValueError(f"classifier {source} does not exist")
-    return PublishedClassifier((CifarResNet if path.suffix == ".th" else MobileNetV2).load(path)).to(device)
+    return PublishedClassifier.load(path).to(device)
 
 
 class _ClassifierReward(BaseReward):

@@ -250,7 +250,7 @@ def align(config: RLConfig, student_folder: Path, out: Path, resume: bool, best:
         contexts = []
         if matching is not None and auxiliary_update is not None:
             for (rows, _, _), rollout in zip(parts, rollouts, strict=True):
-                with torch.no_grad(), autocast(config, world.device):
+                with torch.no_grad(), autocast(config.precision, world.device):
                     tokens = rollout.tokens
                     contexts.append(matching.context(tokens, visible[rows], masked[rows], labels[rows], w[rows]))
             for _ in range(config.gsim.auxiliary_updates):
@@ -266,7 +266,7 @@ def align(config: RLConfig, student_folder: Path, out: Path, resume: bool, best:
         grad_norm = torch.zeros(())
         for inner in range(config.inner_updates if config.algorithm == "group" else 1):
             if inner > 0 and matching is not None and matching.backbone_moves:
-                with autocast(config, world.device):
+                with autocast(config.precision, world.device):
                     contexts = [matching.refresh(context) for context in contexts]
             update_watched: dict[str, Tensor] = {}
             for rollout, (_, _, weight) in zip(rollouts, parts, strict=True):

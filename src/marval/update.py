@@ -23,9 +23,9 @@ def is_bf16(precision: str, device: torch.device) -> bool:
     return precision == "bf16" or (precision == "auto" and device.type == "cuda")
 
 
-def autocast(config: RunConfig, device: torch.device) -> torch.autocast:
-    """The run's precision: bfloat16 matrix products, or nothing."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=is_bf16(config.precision, device))
+def autocast(precision: str, device: torch.device) -> torch.autocast:
+    """Matrix products in bfloat16, or as they are."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=is_bf16(precision, device))
 
 
 def prepare(network: MAR, config: RunConfig) -> None:
@@ -122,7 +122,7 @@ class Update:
         def both_ways(*args: Any) -> tuple[Tensor, Rest]:
             if first:  # sharded networks get gradients from the losses of others
                 self.zero_grad()
-            with autocast(self.config, self.world.device):
+            with autocast(self.config.precision, self.world.device):
                 loss, rest = self.evaluate(function, *args)
             (weight * loss).backward(inputs=None if self.world.sharded else self.parameters)
             return loss.detach(), rest

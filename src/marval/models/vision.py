@@ -1,6 +1,6 @@
 """Published image classifiers, built from their files: ImageNet's MobileNetV2 and the CIFAR-10 ResNets.
 
-They give features for Frechet distances and accuracies where Inception's weights are not at hand.
+They give features for Frechet distances and accuracies where Inception's weights are not at hand, and rewards.
 """
 
 import json
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from marval import imagenet
 from marval.checkpoint import load_strictly
 
 CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
@@ -130,3 +131,59 @@ class CifarResNet(nn.Module):
         counters = {name: value for name, value in state.items() if name.endswith("num_batches_tracked")}
         load_strictly(network, counters | tensors, str(path))
         return network.eval()
+
+
+class PublishedClassifier(nn.Module):
+    """One of these networks behind its preprocessing, for images float NCHW in [0, 1] of any size, 1 or 3 channels.
+
+    Attributes:
+        name, preprocessing: for protocols. class_names: what its logits stand for.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, network: CifarResNet | MobileNetV2, file_name: str):
+        super().__init__()
+        self.network = network
+        if isinstance(network, CifarResNet):
+            self.name, self.class_names = f"CIFAR-10 ResNet-{network.depth} ({file_name})", CIFAR10
+            self.preprocessing = "32x32 (others: bilinear with antialiasing), ImageNet's mean and std"
+            self.size, mean, std = 32, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+        else:
+            self.name, self.class_names = f"ImageNet MobileNetV2 ({file_name})", imagenet.names()
+            self.preprocessing = "pixels in [-1, 1], bilinear with antialiasing to 224x224"
+            self.size, mean, std = 224, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1))
+
+    @classmethod
+    def load(cls, path: Path) -> "PublishedClassifier":
+        """A CIFAR-10 ResNet (.th) or ImageNet's MobileNetV2 (.npz).
+
+        Raises:
+            ValueError: no such file, or not what its ending says.
+        """
+        if not path.is_file():
+            raise ValueError(f"no classifier {path}: the file does not exist")
+        return cls((CifarResNet if path.suffix == ".th" else MobileNetV2).load(path), path.name)
+
+    def outputs(self, images: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
+        """Spatial features (B, S), penultimate features (B, F) and logits (B, K).
+
+        The ResNet has no spatial ones. MobileNetV2's are the first 26 channels of the 7x7 map before the pooling, 1,274
+        numbers: about as many as pooled ones, which is how ADM chose Inception's 7 channels of 17x17.
+        """
+        x = images.expand(-1, 3, -1, -1)
+        if x.shape[2:] != (self.size, self.size):
+            x = F.interpolate(x, (self.size, self.size), mode="bilinear", antialias=True)
+        x = (x - self.mean) / self.std
+        if isinstance(self.network, CifarResNet):
+            pooled = self.network.features(x)
+            return None, pooled, self.network.linear(pooled)
+        last, pooled, logits = self.network(x)
+        return last[:, :26].flatten(1), pooled, logits
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, K)."""
+        return self.outputs(images)[2]
