@@ -457,7 +457,7 @@ def match(
     batch, device = len(tokens), tokens.device
     visible, masked = draw_masks(batch, tokens.shape[1], num_masked, g)
     w = matching.draw_guidance(batch, g)
-    with torch.no_grad(), autocast(config, device):
+    with torch.no_grad(), autocast(config.precision, device):
         context = matching.context(tokens, visible, masked, labels, w)
     shape = (batch, num_masked, tokens.shape[2])
     while True:
@@ -465,7 +465,7 @@ def match(
         updates[1].step(0)
         updates[0].backward(matching.student_loss, context, draw_noise(*shape, config.gsim.t_range, g))
         yield
-        with autocast(config, device):
+        with autocast(config.precision, device):
             context = matching.refresh(context)
 
 

@@ -255,7 +255,7 @@ def sample(case: Case) -> dict[str, Any]:
         few, folder = {"ar_steps": 1, "head_steps": 1}, "teacher"
     model = Pipeline.load(case.root / folder, device)
     classes = list(range(case.batch))
-    with autocast(RunConfig(), device):
+    with autocast(RunConfig().precision, device):
         model.sample(classes, **{**settings, **few})
         start = time.perf_counter()
         images = model.sample(classes, ar_steps=case.ar_steps, batch_size=case.batch, **settings)
@@ -270,7 +270,7 @@ def export(case: Case) -> dict[str, Any]:
     spent = seconds(lambda: command("export", **folders, licence="cc0-1.0"))
     device = torch.device(case.device)
     model = Pipeline.load(folders["out"], device)
-    with autocast(RunConfig(), device):
+    with autocast(RunConfig().precision, device):
         images = model.sample(list(range(case.batch)), ar_steps=case.ar_steps, batch_size=case.batch)
     return {"seconds": spent, "equal": bool(np.array_equal(images, np.load(case.root / "sampled.npy")))}
 

@@ -25,6 +25,7 @@ from pathlib import Path
 
 from results_page import places
 
+from marval.checkpoint import read_json
 from marval.recipes import TRAIN
 
 HERE = Path(__file__).parent
@@ -100,6 +101,12 @@ def stages(
     return [*found, Stage("rows", rows)]
 
 
+def is_whole(run: Path) -> bool:
+    """Whether the run in a folder has made all of its updates: to resume it would load data and networks first."""
+    meta = read_json(run / "meta.json") if (run / "meta.json").exists() else {}
+    return "step" in meta and meta["step"] == meta["config"]["steps"]
+
+
 def main(args: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", choices=PICTURES)
@@ -124,7 +131,7 @@ def main(args: Sequence[str] | None = None) -> None:
             continue
         command = stage.command
         if stage.made is not None and stage.made.exists():
-            if not stage.resumes:
+            if not stage.resumes or is_whole(stage.made):
                 print(f"{stage.name}: {stage.made} is there", flush=True)
                 continue
             command = [*command, "--resume"]

@@ -19,6 +19,7 @@ show at 32x32; it is not offered.)
 import argparse
 import gzip
 import importlib.util
+import shutil
 import unicodedata
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -27,7 +28,6 @@ import numpy as np
 from PIL import Image
 
 from marval.checkpoint import save_arrays
-from marval.data import save_png
 from marval.run import new_folder
 
 FASHION = ["T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"]
@@ -172,12 +172,15 @@ def main() -> None:
     found = f"{args.out}: {len(train)} images to train on, {len(test)} held out, {len(class_names)} classes"
     if args.out.suffix != ".npz":
         new_folder(args.out)
+        partial = args.out.with_name(f"{args.out.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
         for split, (images, labels) in zip(("train", "test"), splits, strict=True):
             for i, (image, label) in enumerate(zip(images, labels, strict=True)):
-                file = args.out / split / class_names[label] / f"{i:05d}.png"
+                file = partial / split / class_names[label] / f"{i:05d}.png"
                 file.parent.mkdir(parents=True, exist_ok=True)
-                save_png(file, image)
-        (args.out / "LICENCE.txt").write_text(f"{args.name}: {LICENCES[args.name]}\n")
+                Image.fromarray(image.squeeze()).save(file, compress_level=1)
+        (partial / "LICENCE.txt").write_text(f"{args.name}: {LICENCES[args.name]}\n")
+        partial.replace(args.out)
         print(found)
         return
     arrays = {

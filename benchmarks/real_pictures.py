@@ -51,7 +51,7 @@ from marval.distill import make_student
 from marval.evaluate import NEIGHBOURS, weights_digest
 from marval.features import FeatureNetwork, load_features
 from marval.images import image_grid, save_png
-from marval.metrics import frechet_distance, moments_of, precision_recall
+from marval.metrics import Moments, frechet_distance, moments_of, precision_recall
 from marval.pipeline import Pipeline
 from marval.reference import CHUNK, load_reference, save_reference
 from marval.rng import generator
@@ -63,9 +63,12 @@ FEWER_STEPS = (100, 10)
 AR_STEPS = (4, 8, 16, 32)
 """K, as far as there are so many tokens; the number of tokens comes on top."""
 CHUNKS_ON_A_GPU = 10
-"""Drawn at once there: kernels of 250 small images are too short for it, and other processes do not fill the gaps."""
+"""Drawn at once there: kernels of 250 small images are too short for it, and other processes do not fill the gaps. Only
+a teacher's chain, of small kernels all the same, is drawn from CUDA graphs."""
 Features = dict[str, dict[str, Tensor]]
 """Pooled features (N, F) of real images by network and split."""
+RealMoments = dict[str, dict[str, Moments]]
+"""Their moments."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -106,11 +109,11 @@ def all_rows(
 
 def quality(
     images: np.ndarray, labels: np.ndarray, counts: Sequence[int], networks: Mapping[str, FeatureNetwork],
-    real: Features, class_names: Sequence[str],
+    real: Features, whole: RealMoments, class_names: Sequence[str],
 ) -> dict[int, dict[str, float]]:  # fmt: skip
     """What is measured of the first so many images, for each count.
 
-    Frechet distances over the features of every network to each split of ``real``; over the judge's features,
+    Frechet distances over the features of every network to each split of ``whole``; over the judge's features,
     precision and recall against as many images of the training split; the judge's accuracy.
     """
     seen = {name: network(images) for name, network in networks.items()}
@@ -118,7 +121,6 @@ def quality(
     if indices is None or logits is None:
         raise ValueError(f"{networks['judge'].name} does not read all of the classes {', '.join(class_names)}")
     right = logits.argmax(1).numpy() == indices[labels]
-    whole = {name: {split: moments_of(x) for split, x in splits.items()} for name, splits in real.items()}
     train, device = real["judge"]["train"], networks["judge"].device
     train = train[torch.randperm(len(train), generator=generator(0))].to(device)  # the data may be sorted by class
     found: dict[int, dict[str, float]] = {}
@@ -160,6 +162,10 @@ def real_features(
     return found
 
 
+def moments_of_all(real: Features) -> RealMoments:
+    return {name: {split: moments_of(x) for split, x in splits.items()} for name, splits in real.items()}
+
+
 class Study:
     """One data set's models and results."""
 
@@ -172,7 +178,7 @@ class Study:
         self.data = data or ("digits" if name == "digits" else f"data/{name}.npz")
         self.file = places(quick).results / f"real_pictures_{name}.json"
         self.sets = sets or (QUICK / "sets" if quick else folder / "sets")
-        roles = ["teacher", "student", *(["aligned"] if (folder / "aligned").is_dir() else [])]
+        roles = ["teacher", "student", *(["aligned"] if (folder / "aligned" / "config.json").exists() else [])]
         self.models = {role: Pipeline.load(folder / role, device) for role in roles}
         student, self.few = self.models["student"], 20 if quick else FEW
         if student.student is None:
@@ -186,7 +192,7 @@ class Study:
         for model in self.models.values():
             if precision == "bf16":
                 model.network.to_bf16()
-            model.accelerate(graphs=model.device.type == "cuda")
+            model.accelerate()
         self.common = {"guidance": sampling.guidance, "guidance_schedule": sampling.guidance_schedule}
         tokens, has_aligned = student.network.config.num_tokens, "aligned" in self.models
         others = sorted({*(k for k in AR_STEPS if k < tokens), tokens} - {sampling.ar_steps})
@@ -199,7 +205,7 @@ class Study:
         self.flags = "".join(f" --{name} {value}" for name, value in given.items() if value)
         self.protocol: dict[str, Any] = {
             **self.common, "ar_steps": sampling.ar_steps, "tokens": tokens, "few": self.few,
-            **{role: self.digests[role] for role in roles},
+            **{role: self.digests[role] for role in ("teacher", "student")},
         }  # fmt: skip
         self.read()
 
@@ -218,7 +224,7 @@ class Study:
             results |= {"name": self.name, "folder": shown_folder(self.folder)}
             if part == "rows":
                 results["flags"] = self.flags
-                results.setdefault("about rows", {})[self.models["student"].device.type] = about
+                results.setdefault("about rows", {})[about["machine"].get("gpu", "cpu")] = about
             else:
                 results["about clock"] = about
             write_json(self.file, results)
@@ -229,7 +235,11 @@ class Study:
         for glob in globs:
             if not fnmatch.filter([row.name for row in rows], glob):
                 raise ValueError(f"--rows {glob!r} is none of {', '.join(row.name for row in rows)}")
-        return [row for row in rows if any(fnmatch.fnmatch(row.name, glob) for glob in globs)]
+        found = [row for row in rows if any(fnmatch.fnmatch(row.name, glob) for glob in globs)]
+        if any(row.model == "aligned" for row in found):  # others can be measured while RL still improves it
+            self.protocol["aligned"] = self.digests["aligned"]
+            self.read()
+        return found
 
     def settings(self, row: Row) -> dict[str, Any]:
         """Arguments of `Pipeline.settings`. The untrained student has no guidance."""
@@ -245,21 +255,22 @@ class Study:
 
     def run(self, patterns: str, seeds: Sequence[int], num_images: int) -> None:
         """Measure the rows that are missing, the first seed of all of them first."""
+        asked, device = self.chosen(patterns, self.rows), machine(self.models["student"].device).get("gpu", "cpu")
         networks = load_networks(self.folder, *self.specs)
         parts = {split: load_dataset(self.data, split) for split in ("train", "test")}
         real = real_features(self.data, parts, networks, self.sets)
+        whole = moments_of_all(real)
         self.protocol |= {
             "precision": self.precision, "data": parts["train"].source,
             **{f"{split} images": len(part) for split, part in parts.items()},
             **{name: f"{network.name}, sha256 {network.digest}" for name, network in networks.items()},
         }  # fmt: skip
-        device = self.specs[-1]
         counts = sorted({min(self.few, num_images), num_images})
         names = self.models["student"].class_names
         if parts["train"].class_names != names:
             raise ValueError(f"{self.data} and the models do not have the same classes: give the models' --data")
         for seed in seeds:
-            for row in self.chosen(patterns, self.rows):
+            for row in asked:
                 key = f"{row.name}/{seed}"
                 done = self.read()["rows"].get(key, {}).get("values", {})
                 if all(str(count) in done for count in counts):
@@ -267,9 +278,10 @@ class Study:
                 start = time.perf_counter()
                 if row.model.startswith("real"):
                     images, labels, against = self.real(row, seed, num_images, parts, real)
+                    values = quality(images, labels, counts, networks, against, moments_of_all(against), names)
                 else:
-                    images, labels, against = *self.draw(row, seed, num_images), real
-                values = quality(images, labels, counts, networks, against, names)
+                    images, labels = self.draw(row, seed, num_images)
+                    values = quality(images, labels, counts, networks, real, whole, names)
                 done |= {str(count): value for count, value in values.items()}
                 self.save("rows", {key: dataclasses.asdict(row) | {"seed": seed, "device": device, "values": done}})
                 shown = ", ".join(f"{name} {value:.4g}" for name, value in values[counts[-1]].items())
@@ -292,17 +304,26 @@ class Study:
         places_of = [np.flatnonzero(real.labels == label)[:2] for label in range(classes)]
         blocks = [real.images[np.array(places_of).T.ravel()], *(self.draw(row, seed, 2 * classes)[0] for row in shown)]
         grid = image_grid(np.concatenate(blocks), columns=2 * classes, scale=-(-56 // real.images.shape[1]))
-        save_png(places(self.quick).pictures / f"pictures_{self.name}.png", grid)
+        with alone_in(places(self.quick).pictures):
+            save_png(places(self.quick).pictures / f"pictures_{self.name}.png", grid)
 
     def draw(self, row: Row, seed: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Images, uint8 NHWC, of the classes in turn, and their labels; chunks that are on disk are read."""
+        """Images, uint8 NHWC, of the classes in turn, and their labels; chunks that are on disk are read.
+
+        Raises:
+            FloatingPointError: all images are the same, as they once were, and black, on a GPU that several processes
+                shared (docs/LOG.md, 2026-11-27).
+        """
         model, settings = self.models[row.model], self.settings(row)
+        on_gpu = model.device.type == "cuda"
+        if on_gpu and row.model == "teacher":  # new ones: each number of tokens has its own, and none is ever dropped
+            model.accelerate(graphs=True)
         made_by = json.dumps([self.digests[row.model], settings, seed, str(model.device), self.precision])
         folder = self.sets / f"{row.name}-seed{seed}-{hashlib.sha256(made_by.encode()).hexdigest()[:8]}"
         folder.mkdir(parents=True, exist_ok=True)
         labels = np.arange(count) % len(model.class_names)
         parts = []
-        at_once = CHUNK * (CHUNKS_ON_A_GPU if model.device.type == "cuda" else 1)
+        at_once = CHUNK * (CHUNKS_ON_A_GPU if on_gpu else 1)
         for start in tqdm(range(0, count, at_once), desc=folder.name, delay=2, mininterval=10, unit_scale=at_once):
             asked = labels[start : start + at_once]
             files = {first: folder / f"images-{start + first:06d}.npz" for first in range(0, len(asked), CHUNK)}
@@ -310,9 +331,13 @@ class Study:
             found = [read_images(file)[:n] for file, n in zip(files.values(), sizes, strict=True) if file.exists()]
             if [len(images) for images in found] != sizes:
                 drawn = model.sample(asked.tolist(), seed=seed, first_image=start, batch_size=at_once, **settings)
+                if len(drawn) > 1 and (drawn == drawn[:1]).all():
+                    raise FloatingPointError(
+                        f"{folder.name}: images {start} to {start + len(drawn) - 1} are all the same"
+                    )
                 found = [drawn[first : first + CHUNK] for first in files]
                 for file, images in zip(files.values(), found, strict=True):
-                    save_arrays(file, {"images": images}, compressed=True)
+                    save_arrays(file, {"images": images})
             parts += found
         return np.concatenate(parts), labels
 
@@ -337,6 +362,8 @@ class Study:
     def clock(self, patterns: str, batches: Sequence[int], repeats: int) -> None:
         """Medians of whole batches, all rows of one K in turn (`times_in_turn`)."""
         rows = self.chosen(patterns, [row for row in self.rows if row.ar_steps and row.model != "untrained"])
+        for model in self.models.values():
+            model.accelerate(graphs=model.device.type == "cuda")
         for batch in batches:
             for k in dict.fromkeys(row.ar_steps for row in rows):
                 group = [row for row in rows if row.ar_steps == k]

@@ -120,7 +120,7 @@ def measured_on(about: Mapping[str, Any], precision: str = "float32") -> str:
 
 
 def where(results: Mapping[str, Any], precision: str) -> str:
-    """The devices that measured the rows, and how many each if there are several."""
+    """What measured the rows, GPUs by their names, and how many each if there are several."""
     devices = [row["device"] for row in results["rows"].values()]
     about = {device: measured_on(about, precision) for device, about in results["about rows"].items()}
     if len(about) == 1:
@@ -327,7 +327,7 @@ def plot(results: Mapping[str, Any], rows: Rows, count: str, path: Path) -> bool
             x, values = seconds(results, name, 1), values_of(rows.get(name, []), count, key)
             if x is not None and values:
                 row, deviation = rows[name][0], statistics.stdev(values) if len(values) > 1 else 0.0
-                text = f"K={row['ar_steps']}" if title.endswith("each K") else str(row["head_steps"])
+                text = str(row["ar_steps" if title.endswith("each K") else "head_steps"])
                 found.append((x, statistics.fmean(values), deviation, text))
         return sorted(found)
 
@@ -345,6 +345,7 @@ def plot(results: Mapping[str, Any], rows: Rows, count: str, path: Path) -> bool
             x, y, deviation, texts = zip(*found, strict=True)
             axes.errorbar(x, y, deviation, label=title, **{"linewidth": 1.3, "markersize": 6, "capsize": 2, **style})
             if title.startswith(("student", "teacher, DDPM")):
+                texts = ["K=" * title.endswith("each K") + texts[0], *texts[1:]]
                 for place, text in zip(zip(x, y, strict=True), texts, strict=True):
                     axes.annotate(
                         text, place, (0, 8), textcoords="offset points", fontsize=8, ha="center", color=style["color"]

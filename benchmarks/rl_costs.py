@@ -48,7 +48,7 @@ def rollout_update(
     orders = torch.rand(config.batch, length, generator=generator(1)).argsort(1)
 
     def update() -> None:
-        with autocast(config, model.device):
+        with autocast(config.precision, model.device):
             if model.student is None:  # ddim: as many evaluations as the ancestral chain, and no noise to draw again
                 noise, schedule = ImageNoise(0, list(range(config.batch))), respace(model.schedule, chain)
                 clamp = model.tokenizer.token_range
@@ -84,14 +84,14 @@ def anchor_update(student: Pipeline, folder: Path, config: RLConfig) -> Callable
     tokens = torch.randn(config.batch, length, dim, generator=g).clamp(-1, 1)
 
     def update() -> None:
-        with autocast(config, student.device):
+        with autocast(config.precision, student.device):
             context = matching.context(tokens, visible, masked, labels, w)
             noise = draw_noise(*masked.shape, dim, config.gsim.auxiliary_t_range, g)
             loss, _ = matching.auxiliary_loss(context, noise)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        with autocast(config, student.device):
+        with autocast(config.precision, student.device):
             noise = draw_noise(*masked.shape, dim, config.gsim.t_range, g)
             loss, _ = matching.student_loss(context, noise)
         loss.backward()

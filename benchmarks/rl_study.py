@@ -180,7 +180,7 @@ class Draws:
         students = model.sampling == self.settings and weights_digest(model) == self.digest
         if students and not self.again and key in self.sets:
             return self.sets[key]
-        with autocast(self.config, model.device):
+        with autocast(self.config.precision, model.device):
             tokens = model.sample_tokens(labels, **options)
         images = to_uint8(model.tokenizer.decode(tokens)).numpy()
         if students:
@@ -510,7 +510,7 @@ class Bench:
             torch.rand(count, length, generator=g).argsort(1),
             torch.randn(count, length, network.config.token_dim, generator=g),
         )
-        with autocast(config, model.device):
+        with autocast(config.precision, model.device):
             draw, w = model.draw(model.sampling), model.sampling.guidance
             states = list(sampling.unmask(network, draw, labels, orders, counts, z, guidance=w))
             singles = [

@@ -70,6 +70,8 @@ def test_what_is_shared_stays(tmp_path: Path):
 
 
 def test_what_cannot_be_averaged(tmp_path: Path):
+    with pytest.raises(ValueError, match="exists and is not empty: choose another --out"):  # looked at first
+        average([tmp_path / "absent", tmp_path / "absent"], tiny.teacher())
     model = Pipeline.load(tiny.teacher())
     other, wider = tmp_path / "other", tmp_path / "wider"
     stranger = MAR(model.network.config)

@@ -385,23 +385,34 @@ def test_refused_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert "exists: choose another --json" in tiny.refused(capsys, *bench, file)
 
 
+def test_where_an_error_came_from():
+    """One line, or with MARVAL_TRACEBACK the whole way."""
+    for value, ways in (("", 0), ("1", 1)):
+        environment = {**tiny.environment(), "MARVAL_TRACEBACK": value}
+        with tiny.start(["sample", "--model", "nowhere", "--out", "x"], env=environment) as process:
+            err = process.communicate(timeout=60)[1]
+        assert err.count("Traceback") == ways
+        assert "model 'nowhere' does not exist" in err
+
+
 @pytest.mark.parametrize("size", [1 << 10, 1 << 17])
-def test_a_full_disk(size: int, tmp_path: Path, shared: Path):
+@pytest.mark.parametrize("verb", ["train", "import-mar"])
+def test_a_full_disk(size: int, verb: str, tmp_path: Path, request: pytest.FixtureRequest):
     """No file may grow past a limit: before the run's first file, or in the middle of its checkpoint or weights."""
 
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
-    checkpoint = shared / "golden" / "mar_tiny" / "checkpoint-last.pth"
-    train = [*TEACH, "--model.width", 64, "--sample-every", 0, "--out", tmp_path / "train"]
-    imported = ["import-mar", checkpoint, "--heads", 4, "--out", tmp_path / "imported"]
-    for args in (train, imported):
-        with tiny.start(args, preexec_fn=limit) as process:
-            err = process.communicate(timeout=120)[1]
-        lines = [line for line in re.split(r"[\r\n]+", err) if line and "it/s" not in line]
-        assert process.returncode == 2, err
-        assert len(lines) == 1, err
-        assert str(tmp_path) in lines[0]
+    args = [*TEACH, "--model.width", 64, "--sample-every", 0]
+    if verb == "import-mar":
+        checkpoint = request.getfixturevalue("shared") / "golden" / "mar_tiny" / "checkpoint-last.pth"
+        args = [verb, checkpoint, "--heads", 4]
+    with tiny.start([*args, "--out", tmp_path / "out"], preexec_fn=limit) as process:
+        err = process.communicate(timeout=120)[1]
+    lines = [line for line in re.split(r"[\r\n]+", err) if line and "it/s" not in line]
+    assert process.returncode == 2, err
+    assert len(lines) == 1, err
+    assert str(tmp_path) in lines[0]
     left = [path.name for path in written(tmp_path) if path.is_file()]
     assert set(left) <= {"meta.json", "metrics.jsonl"}, left
 

@@ -107,13 +107,21 @@ def test_every_setting_changes_the_run(tmp_path: Path):
         "classes": {"class_drop": 0.9},
         "seed": {"seed": 1},
         "bf16": {"precision": "bf16"},
+        "flip": {"flip": True},
+        "warmup": {"warmup": 3},
+        "decay": {"decay": False},
+        "t-range": {"gsim": GSIMConfig(t_range=(20, 100))},
+        "auxiliary-t-range": {"gsim": GSIMConfig(auxiliary_t_range=(0, 100))},
     }
-    losses = {}
+    losses, auxiliary = {}, {}
     for name, changes in variants.items():
-        distill(dataclasses.replace(SHORT, ar_steps=8, **changes), tiny.teacher(), tmp_path / name)
-        losses[name] = tuple(row["student_loss"] for row in tiny.metrics(tmp_path / name))
+        config = dataclasses.replace(SHORT, steps=4, ar_steps=8, **changes)  # the rates decay from the third on
+        distill(config, str(tiny.teacher()), str(tmp_path / name))
+        rows = tiny.metrics(tmp_path / name)
+        losses[name], auxiliary[name] = tuple(row["student_loss"] for row in rows), rows[0]["auxiliary_loss"]
         assert np.isfinite(losses[name]).all()
     assert len(set(losses.values())) == len(variants), losses
+    assert auxiliary["t-range"] == auxiliary["plain"] != auxiliary["auxiliary-t-range"]
 
 
 @pytest.mark.parametrize(("trained", "auxiliary"), [("head", "head"), ("all", "head"), ("all", "network")])

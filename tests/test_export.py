@@ -172,6 +172,8 @@ def test_errors(run, tmp_path):
         export(run, tmp_path / "out", numbers=tmp_path / "none.json")
     with pytest.raises(ValueError, match="run exists and is not empty: choose another --out"):
         export(run, run)
+    with pytest.raises(ValueError, match="run exists and is not empty: choose another --out"):  # looked at first
+        export(tmp_path / "absent", run)
 
 
 def test_paths_are_cut():

@@ -14,7 +14,7 @@ LOOPS = {"train", "distill", "rl", "quickstart", "run", "matching", "evaluate", 
 }  # fmt: skip
 DATA = {
     "tokenizers", "sampling", "masking", "checkpoint", "config", "distributed", "watch", "ema", "data", "latents",
-    "images", "listing", "imagenet",
+    "images", "listing", "imagenet", "devices",
 }  # fmt: skip
 MODULES = {".".join(p.relative_to(SOURCE).with_suffix("").parts): p for p in SOURCE.rglob("*.py")}
 
@@ -92,6 +92,13 @@ def test_no_cycles():
 
     for name in MODULES:
         visit(name, ())
+
+
+def test_what_a_notebook_finds():
+    assert {"load", "Pipeline"} < set(dir(marval)) == set(marval.__all__)
+    code = "import marval\nmarval.rl"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "module 'marval' has no attribute 'rl': from marval.rl import rl" in done.stderr
 
 
 def test_torch_is_not_imported_before_it_is_needed():

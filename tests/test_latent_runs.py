@@ -2,19 +2,25 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import tiny
+import torch
 from safetensors.torch import load_file
 from small_codec import make_codec, write_images
 
 import marval
+from marval import train as training
 from marval.__main__ import main
 from marval.config import DistillConfig, GSIMConfig, MARConfig, RLConfig, SamplingConfig, TrainConfig
+from marval.data import load_dataset
+from marval.diffusion import Schedule
 from marval.distill import distill
 from marval.rl import rl
-from marval.train import train
+from marval.tokenizers import to_float
+from marval.train import teacher_loss, train
 
 MODEL = MARConfig(width=32, depth=1, heads=2, buffer_size=2, head_width=32, head_depth=1)
 COMMON = {"steps": 3, "batch": 6, "log_every": 1, "save_every": 3, "sample_every": 3}
@@ -54,14 +60,35 @@ def test_a_teacher_of_latents(made: Path):
     assert all(np.isfinite(list(row.values())).all() for row in tiny.metrics(made / "teacher"))
 
 
-def test_training_from_images_samples_the_same_posterior(made: Path, tmp_path: Path):
-    """A deterministic autoencoder gives the same latents on the fly, but for float16 and the order of splits."""
-    config = dataclasses.replace(CONFIG, data=str(made / "images"), tokenizer=str(made / "codec"))
+def test_training_from_images_and_from_latents_sees_the_same_tokens(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Those of the images, by a deterministic autoencoder, but for float16 on the disk."""
+    seen: list[torch.Tensor] = []
+
+    def loss(network: torch.nn.Module, schedule: Schedule, tokens: torch.Tensor, *rest: torch.Tensor) -> Any:
+        seen.append(tokens)
+        return teacher_loss(network, schedule, tokens, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(training, "teacher_loss", loss)
+    config = dataclasses.replace(CONFIG, data=str(made / "images"), tokenizer=str(made / "codec"), flip=False)
     model = train(config, tmp_path / "run")
+    train(dataclasses.replace(CONFIG, data=str(made / "latents"), flip=False), tmp_path / "of latents")
     assert (tmp_path / "run" / "tokenizer").is_dir()
     assert model.sample(["bee"]).shape == (1, 32, 32, 3)
-    first = [tiny.metrics(path)[0]["loss"] for path in (tmp_path / "run", made / "teacher")]
-    assert first[0] == pytest.approx(first[1], rel=0.1)  # other images: one in five is held out
+    images = load_dataset(str(made / "images"), "all", 32).images
+    known = model.tokenizer.encode(to_float(torch.from_numpy(images[np.arange(len(images))])))
+    assert known.std() > 0.05
+    for tokens in seen:
+        apart = torch.cdist(tokens.flatten(1), known.flatten(1)).min(1).values / known.flatten(1).norm(dim=1).mean()
+        assert apart.max() < 1e-2
+    assert [len(tokens) for tokens in seen] == [6] * 6
+
+
+def test_latents_cannot_be_shifted(made: Path, tmp_path: Path):
+    with pytest.raises(ValueError, match="latents, which cannot be shifted: leave --shift out"):
+        train(dataclasses.replace(CONFIG, data=str(made / "latents"), shift=1), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("trained", ["head", "all"])

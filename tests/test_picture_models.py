@@ -14,7 +14,7 @@ picture_models = tiny.benchmark("picture_models")
 
 
 def test_emoji_from_the_files_to_a_student(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd):
-    """Commands run; called again, none begins anew."""
+    """Commands run; called again, none begins anew, and only what is not finished goes on."""
     monkeypatch.chdir(tmp_path)
     args = ["emoji", str(shared / "data"), "runs/small", "--quick"]
     some = "data,teacher,student"
@@ -23,9 +23,13 @@ def test_emoji_from_the_files_to_a_student(shared: Path, tmp_path: Path, monkeyp
         assert read_json(tmp_path / "runs/small" / role / "meta.json")["step"] == 2
         assert Pipeline.load(tmp_path / "runs/small" / role).network.config.num_tokens == 64
     before = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.npz")}
+    meta = tmp_path / "runs/small/student/meta.json"
+    meta.write_text(meta.read_text().replace('"step": 2', '"step": 1'))
     capfd.readouterr()
     picture_models.main([*args, "--stages", some])
-    assert capfd.readouterr().out.count("--resume") == 2
+    out = capfd.readouterr().out
+    assert "teacher: runs/small/teacher is there" in out
+    assert out.count("--resume") == 1
     assert {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.npz")} == before
 
 

@@ -73,7 +73,11 @@ def test_emoji_as_one_file(noto: Path, tmp_path: Path, monkeypatch: pytest.Monke
 def test_folder_of_png_holds_the_same(noto: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     for file in noto.glob("*1f468*.png"):
         file.unlink()  # a folder needs every class in both splits
+    for left in ("emoji", "emoji.partial/test/smiley"):  # by one that was interrupted
+        (tmp_path / left).mkdir(parents=True)
+    Image.new("RGB", (32, 32)).save(tmp_path / "emoji.partial" / "test" / "smiley" / "99999.png")
     prepare(monkeypatch, "emoji", noto, tmp_path / "emoji")
+    assert not (tmp_path / "emoji.partial").exists()
     found = load_dataset(str(tmp_path / "emoji"), "test")
     assert (found.class_names, found.images[:, 0, 0, 0].tolist()) == (["smiley"], [0, 8 * 7, 8 * 14])
     assert "Apache-2.0" in (tmp_path / "emoji" / "LICENCE.txt").read_text()

@@ -1,13 +1,18 @@
 """What the README shows works: commands, links, code."""
 
 import re
+import runpy
 import shlex
 from pathlib import Path
 from urllib.parse import unquote
 
+import numpy as np
 import pytest
+from small_codec import write_images
 
 from marval.__main__ import VERBS, main
+from marval.config import RLConfig
+from marval.rl import rl
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -83,6 +88,31 @@ def test_python_compiles(page: Path):
         if any(line.startswith(">>> ") for line in lines):
             lines = [line[4:] for line in lines if line.startswith((">>> ", "... "))]
         compile("\n".join(lines), page.name, "exec")
+
+
+def test_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    made = {}
+    for code in blocks(README, "python"):
+        exec(compile(code, "README.md", "exec"), made)
+    assert [path.name for path in tmp_path.iterdir()] == ["sneaker.png"]
+    assert np.array_equal(made["completed"][:, :, :4], made["images"][:, :, :4]), "the left half stays"
+
+
+def test_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """But that which takes a minute, toy_2d.py."""
+    monkeypatch.chdir(tmp_path)
+    write_images(tmp_path / "photos", [f"{name}/{i}.jpg" for name in ("ant", "bee") for i in range(3)])
+    for words in (["sample.py"], ["own_images.py", "photos", "runs", "2"]):
+        monkeypatch.setattr("sys.argv", words)
+        runpy.run_path(str(ROOT / "examples" / words[0]), run_name="__main__")
+    assert (tmp_path / "grid.png").exists()
+    assert "(4, 32, 32, 3) uint8 NHWC" in capsys.readouterr().out
+    ink = f"{ROOT / 'examples' / 'own_reward.py'}:ink"
+    config = RLConfig(
+        steps=1, batch=4, reward=ink, ar_steps=4, eval_images=4, range_seeds=2, sample_every=0, anchor=0.0
+    )
+    rl(config, "digits/student", "ink")
 
 
 def test_no_placeholder_is_left_in_a_page():

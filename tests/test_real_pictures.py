@@ -71,6 +71,31 @@ def test_chunks_drawn_at_once_as_on_a_gpu(scripts, models, quick, monkeypatch, t
     files[2].unlink()
     assert np.array_equal(study.draw(row, 0, 19)[0][:18], images)
     assert calls[3:] == [(8, 8), (16, 3)]
+    study.models["student"].sample = lambda labels, **settings: np.zeros((len(labels), 8, 8, 1), np.uint8)
+    with pytest.raises(FloatingPointError, match=r"student-k4-seed1-.*: images 0 to 7 are all the same"):
+        study.draw(row, 1, 18)
+
+
+def test_rows_while_rl_goes_on(scripts, models, quick, tmp_path):
+    """A model that is not finished binds no row of the others."""
+    shutil.copytree(models, tmp_path / "models")
+    (tmp_path / "models" / "aligned").mkdir()
+    run = ["run", "digits", str(tmp_path / "models"), "--quick", "--seeds", "0", "--rows"]
+    scripts[0].main([*run, "student-k4"])
+    aligned = Pipeline.load(tmp_path / "models" / "student")
+    for scale in (1.1, 1.2):
+        with torch.no_grad():
+            next(aligned.network.head.parameters()).mul_(scale)
+        aligned.save(tmp_path / "models" / "aligned")
+        scripts[0].main([*run, "student-k8"])
+    scripts[0].main([*run, "aligned-k4"])
+    rows = read_json(quick)["rows"]
+    assert list(rows) == ["student-k4/0", "student-k8/0", "aligned-k4/0"]
+    assert {row["device"] for row in rows.values()} == {"cpu"}
+    aligned.network.head.input_proj.weight.data.mul_(2)
+    aligned.save(tmp_path / "models" / "aligned")
+    with pytest.raises(ValueError, match="was measured with aligned = "):
+        scripts[0].main([*run, "aligned-k4"])
 
 
 def test_run_resume_clock_page(scripts, models, quick, capsys):

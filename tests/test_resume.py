@@ -104,11 +104,6 @@ def test_resume_of_a_run_that_stopped_early_changes_nothing(tmp_path: Path):
     assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
 
 
-def test_resume_without_a_run_starts_one(tmp_path: Path):
-    main([*command("train", tmp_path / "run"), "--resume"])
-    same(tmp_path / "run", finished("train"))
-
-
 def test_settings_that_an_earlier_version_did_not_have(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """Are their defaults, nested ones too."""
     shutil.copytree(finished("distill"), tmp_path / "run")

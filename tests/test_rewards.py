@@ -7,13 +7,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from torch import Tensor
 
 from marval import imagenet
 from marval.data import load_dataset
 from marval.features import load_features
-from marval.models.classifier import Classifier, train_classifier
+from marval.models.classifier import Classifier
 from marval.reward_files import code_files
 from marval.rewards import (
     ClassifierLogProb,
@@ -37,11 +38,8 @@ PROMPTS = [f"a picture of {name}" for name in NAMES]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("classifier")
-    train, held_out = load_dataset("digits"), load_dataset("digits", "test")
-    train_classifier(train, held_out, epochs=2, width=8, progress=False)[0].save(path)
-    return path
+def folder() -> Path:
+    return tiny.classifier()
 
 
 @pytest.fixture(scope="module")

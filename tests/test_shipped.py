@@ -37,6 +37,12 @@ def test_shipped_model(name: str):
     assert "/work" not in text + card
 
 
+def test_a_device_that_is_not_there():
+    for device in ("cuda:7", "gpu"):
+        with pytest.raises(ValueError, match=f"device '{device}'"):
+            marval.load("digits/student", device=device)
+
+
 def test_sample_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     tiny.main(["sample", "--model", "fashion-mnist/student", "--classes", "sneaker", "--out", "drawn"])

@@ -17,7 +17,8 @@ from marval.data import save_png
 from marval.distributed import World
 from marval.ema import EMA
 from marval.pipeline import Pipeline
-from marval.train import train
+from marval.tokenizers import load_tokenizer
+from marval.train import adamw, build_teacher, sizes, train
 from marval.update import Update, warmup_then_cosine
 
 SHORT = TrainConfig(
@@ -67,17 +68,57 @@ def test_every_setting_changes_the_run(tmp_path: Path):
         "dropout": {"model": dataclasses.replace(tiny.MODEL, dropout=0.5)},
         "warmup": {"warmup": 1},
         "decay": {"decay": False},
+        "flip": {"flip": True},
         "clip": {"clip_grad": 1e-3},
     }
     found = {}
     for name, changes in variants.items():
-        train(dataclasses.replace(SHORT, **changes), tmp_path / name)
-        found[name] = tuple(row[key] for row in tiny.metrics(tmp_path / name) for key in ("loss", "grad_norm", "lr"))
+        train(dataclasses.replace(SHORT, steps=5, **changes), tmp_path / name)  # the rate decays from the fourth on
+        found[name] = tuple(row[key] for row in tiny.metrics(tmp_path / name) for key in ("loss", "grad_norm"))
         assert np.isfinite(found[name]).all()
-    assert len(set(found.values())) == len(variants) - 1, "all differ, but clipping: Adam takes no notice of a scale"
+    assert len(set(found.values())) == len(variants)
+    assert found["clip"] == pytest.approx(found["plain"], rel=1e-3), "Adam takes no notice of a scale"
     assert found["bf16"] == pytest.approx(found["plain"], rel=0.02)
     sizes = Pipeline.load(tmp_path / "patches").network.config
     assert (sizes.grid, sizes.token_dim) == (2, 16)
+
+
+def test_the_optimizer():
+    """Only matrices of the backbone decay, by the rate that was asked for, and the schedule reaches every group."""
+    tokenizer = load_tokenizer("pixels", 8, 2, 1)
+    config = dataclasses.replace(SHORT, weight_decay=0.3, lr=0.01)
+    network = build_teacher(config, tokenizer, ["a", "b"]).network
+    optimizer = adamw(network, config)
+    decayed = {id(p) for p in optimizer.param_groups[0]["params"]}
+    names = {name for name, p in network.named_parameters() if id(p) in decayed}
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.3, 0.0]
+    assert {"class_emb.weight", "decoder_embed.weight"} < names
+    assert not any(name.startswith("head.") or name.endswith(".bias") for name in names)
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(network.parameters()))
+    update = Update("teacher", network, optimizer, config, World(0, 1, torch.device("cpu")))
+    update.backward(lambda: (network.class_emb.weight.sum(), None))
+    update.step(0, 0.25)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.0025, 0.0025]
+
+
+def test_a_wider_head_for_wider_tokens():
+    """In proportion to the square root of a token's channels, beyond 16."""
+    for patch_size, factor in ((2, 1), (8, 2)):
+        tokenizer = load_tokenizer("pixels", 8, patch_size, 1)
+        wider, plain = (
+            sizes(dataclasses.replace(SHORT, patch_size=patch_size, widen_head=widen), tokenizer, 10).head_width
+            for widen in (True, False)
+        )
+        assert wider == factor * plain
+
+
+def test_nothing_else_in_the_process_changes(tmp_path: Path):
+    """The global generator goes on as if there had been no training; a folder may be named by a string."""
+    torch.manual_seed(0)
+    expected = torch.randn(3)
+    torch.manual_seed(0)
+    train(dataclasses.replace(SHORT, steps=1), str(tmp_path / "run"))
+    assert torch.equal(torch.randn(3), expected)
 
 
 def test_a_folder_of_colour_images(tmp_path: Path):

@@ -19,4 +19,9 @@ def __getattr__(name: str) -> Any:
         from marval import pipeline
 
         return getattr(pipeline, name)
-    raise AttributeError(f"module 'marval' has no attribute {name!r}")
+    hint = f": from marval.{name} import {name}" if name in ("train", "distill", "rl") else ""
+    raise AttributeError(f"module 'marval' has no attribute {name!r}{hint}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -9,7 +9,7 @@ from torch import Tensor
 from marval.checkpoint import save_tensors
 from marval.matching import AUXILIARY, read_scores
 from marval.pipeline import Pipeline
-from marval.run import new_folder
+from marval.run import check_empty, new_folder
 
 FARTHEST = 0.5
 """Of a model from the mean, over the length of the mean: those that went on from one model are 0.01 from it, a teacher
@@ -29,6 +29,7 @@ def average(folders: Sequence[Path], out: Path) -> str:
     """
     if len(folders) < 2:
         raise ValueError(f"give two models or more, got {len(folders)}")
+    check_empty(out)
     models = [Pipeline.load(folder) for folder in folders]
     first = models[0]
     for folder, model in zip(folders, models, strict=True):

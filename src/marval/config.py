@@ -6,8 +6,9 @@ import math
 import numbers as kinds
 import os
 import sys
+import types
 from dataclasses import dataclass
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, Union, get_args, get_origin
 
 
 def check(condition: bool, message: str) -> None:
@@ -16,12 +17,35 @@ def check(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def check_choices(config: Any) -> None:
-    """Raises ValueError unless every field of a Literal type has one of its values."""
+def check_types(config: Any) -> None:
+    """Raises ValueError unless every field has a value of its type: one of a Literal's, an integer, a number, or a pair
+    of them, which may be a list and becomes a tuple."""
     for field in dataclasses.fields(config):
-        if get_origin(field.type) is Literal:
-            known, value = get_args(field.type), getattr(config, field.name)
-            check(value in known, f"unknown {field.name} {value!r}: choose one of {', '.join(known)}")
+        name = field.name
+        value: Any = getattr(config, name)
+        options = get_args(field.type) if get_origin(field.type) in (Union, types.UnionType) else (field.type,)
+        if value is None and types.NoneType in options:
+            continue
+        kind = options[0]
+        if get_origin(kind) is Literal:
+            known = get_args(kind)
+            check(value in known, f"unknown {name} {value!r}: choose one of {', '.join(known)}")
+        elif get_origin(kind) is tuple:
+            if not isinstance(value, tuple | list) or len(value) != len(get_args(kind)):
+                raise ValueError(f"{name} must be {len(get_args(kind))} numbers, got {value!r}")
+            pair: tuple[Any, ...] = tuple(value)
+            for part in pair:
+                _check_number(name, part, get_args(kind)[0])
+            object.__setattr__(config, name, pair)
+        elif kind in (int, float):
+            _check_number(name, value, kind)
+
+
+def _check_number(name: str, value: Any, kind: type) -> None:
+    if kind is int:
+        check(isinstance(value, kinds.Integral), f"{name} must be an integer, got {value!r}")
+        return
+    check(isinstance(value, kinds.Real) and not math.isnan(value), f"{name} must be a number, got {value!r}")
 
 
 def warn(what: str) -> None:
@@ -56,6 +80,7 @@ class MARConfig:
     """Dropout of attention and projections while training (MAR uses 0.1; distillation and RL always use 0)."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name in ("grid", "token_dim", "num_classes", "width", "depth", "heads", "buffer_size", "head_width"):
             check(getattr(self, name) >= 1, f"model.{name} must be at least 1, got {getattr(self, name)}")
         check(self.head_depth >= 1, f"model.head_depth must be at least 1, got {self.head_depth}")
@@ -92,6 +117,7 @@ class StudentConfig:
     """If set, the student takes the guidance scale as an input and serves any value in the range."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         check(1 <= self.t_init <= 950, f"t_init must be in [1, 950], got {self.t_init}: beyond 950 rounding dominates")
         check(self.evaluations >= 1, f"the number of evaluations must be at least 1, got {self.evaluations}")
         check(self.evaluations <= self.t_init, f"{self.evaluations} evaluations do not fit below t_init {self.t_init}")
@@ -145,13 +171,7 @@ class SamplingConfig:
     against cached keys and values: faster, not exact (marval.models.cached). 1 is exact."""
 
     def __post_init__(self) -> None:
-        for kind, what, names in (
-            (kinds.Integral, "an integer", ("ar_steps", "head_steps", "evaluations", "refresh_every")),
-            (kinds.Real, "a number", ("guidance", "temperature")),
-        ):
-            for name in names:
-                value = getattr(self, name)
-                check(isinstance(value, kind), f"{name} must be {what}, got {value!r}")
+        check_types(self)
         check(self.ar_steps >= 1, f"the number of AR steps must be at least 1, got {self.ar_steps}")
         check(self.refresh_every >= 1, f"refresh_every must be at least 1, got {self.refresh_every}")
         check(self.head_steps >= 1, f"the number of denoising steps must be at least 1, got {self.head_steps}")
@@ -160,7 +180,6 @@ class SamplingConfig:
             value = getattr(self, name)
             check(math.isfinite(value), f"{name} must be finite, got {value}")
             check(value >= 0, f"{name} must not be negative, got {value}")
-        check_choices(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,13 +218,13 @@ class RunConfig:
     """Compile the blocks of transformer and head (torch.compile; needs a C++ compiler)."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name in ("steps", "batch", "save_every", "log_every", "accumulate"):
             check(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
         check(self.sample_every >= 0, f"sample_every must not be negative, got {self.sample_every}")
         check(0 <= self.ema < 1, f"ema must be in [0, 1), got {self.ema}")
         check(self.clip_grad > 0, f"clip_grad must be positive, got {self.clip_grad}")
         check(self.seed >= 0, f"seed must not be negative, got {self.seed}")
-        check_choices(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -324,10 +343,10 @@ class GSIMConfig:
     """Auxiliary's learning rate, Adam with betas (0, 0.999)."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name in ("t_range", "auxiliary_t_range"):
             low, high = getattr(self, name)
             check(0 <= low <= high <= 999, f"{name} must satisfy 0 <= low <= high <= 999, got {low} {high}")
-        check_choices(self)
         check(self.auxiliary_updates >= 1, f"auxiliary_updates must be at least 1, got {self.auxiliary_updates}")
         check(self.lr >= 0 and self.auxiliary_lr > 0, f"learning rates must be positive: {self.lr} {self.auxiliary_lr}")
 
@@ -581,10 +600,10 @@ class EvaluateConfig:
     """Split the weights over the processes (FSDP2); otherwise each holds all."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         check(self.num_images >= 2, f"a Frechet distance needs at least 2 images, got {self.num_images}")
         check(self.seed >= 0, f"seed must not be negative, got {self.seed}")
         check(self.batch >= 1, f"the batch size must be at least 1, got {self.batch}")
-        check_choices(self)
         self.settings()
 
     def settings(self) -> list[dict[str, Any]]:

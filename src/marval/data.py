@@ -317,20 +317,21 @@ def batch_tokens(
     """
     count, device = len(index), generator.device
     own = index[rows]
-    mirrored = (
-        torch.rand(count, generator=generator, device=device) < 0.5 if flip else torch.zeros(count, dtype=torch.bool)
-    )
-    mirrored = mirrored[rows].to(device)
+    mirrored = torch.zeros(count, dtype=torch.bool)
+    if flip:
+        mirrored = torch.rand(count, generator=generator, device=device) < 0.5
+    mirrored = mirrored[rows]
     if isinstance(data, LatentDataset):
         if shift or isinstance(tokenizer, PixelTokenizer):
             remedy = "they cannot be shifted: set shift to 0" if shift else "give their tokenizer, not pixels"
             raise ValueError(f"{data.source}, are latents: {remedy}")
-        moments = data.moments(own, mirrored.cpu().numpy()).to(device)
+        moments = put(data.moments(own, mirrored.cpu().numpy()), device)
     else:
         images = to_float(put(torch.from_numpy(data.images[own]), device))
         if shift:
             images = _translate(images, _offsets(count, shift, generator)[:, rows])
-        images = torch.where(mirrored[:, None, None, None], images.flip(3), images)
+        if flip:
+            images = torch.where(mirrored[:, None, None, None], images.flip(3), images)
         if isinstance(tokenizer, PixelTokenizer):
             return tokenizer.encode(images)
         moments = tokenizer.moments(images.expand(-1, tokenizer.image_channels, -1, -1))

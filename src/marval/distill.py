@@ -32,6 +32,7 @@ from marval.models.mar import MAR
 from marval.pipeline import Pipeline
 from marval.run import Run
 from marval.sampling import few_evaluations, gather_tokens, last, unmask
+from marval.shipped import model_folder
 from marval.tokenizers import LatentTokenizer
 from marval.train import draw_masks, save_sample_grid
 from marval.update import Update, add_weighted, autocast, caller, prepare, warmup_then_cosine
@@ -121,17 +122,25 @@ def check_data(data: ImageDataset | LatentDataset, teacher: Pipeline) -> None:
 
 
 def distill(
-    config: DistillConfig, teacher_folder: Path, out: Path, resume: bool = False, start_folder: Path | None = None
-) -> Pipeline:
-    """Run `marval distill`: returns the averaged student, which is also saved in ``out``.
+    config: DistillConfig, teacher_folder: str | Path, out: str | Path, resume: bool = False,
+    start_folder: str | Path | None = None,
+) -> Pipeline:  # fmt: skip
+    """Run `marval distill`: returns the averaged student of the last update, which is also saved in ``out``.
+
+    If quality is measured (``eval_every``), the best lies in ``out/best``.
 
     Args:
+        teacher_folder: of `marval train` or `import-mar`, or the name of a teacher that comes with marval. out: a new
+            folder. resume: go on with the run in ``out``, if there is one.
         start_folder: a student of the same teacher to go on from, in place of the teacher's own weights. Without its
             scores.safetensors the auxiliary starts as the teacher; a short run at ``gsim.lr`` 0 lets it catch up.
 
     Raises:
+        ValueError: settings, data, teacher, start or folder do not go together; before the first update.
         FloatingPointError: the student has diverged, or a loss or gradient is not finite; names the update.
     """
+    teacher_folder, out = model_folder(teacher_folder), Path(out)
+    start_folder = model_folder(start_folder) if start_folder else None
     world = connect(config.device, config.shard)
     parts, call = world.parts(config.batch, config.accumulate), caller(config, world)
     teacher = Pipeline.load(teacher_folder, world.device)

@@ -23,6 +23,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
+from marval.devices import device_named
 from marval.watch import Watch
 
 if TYPE_CHECKING:
@@ -204,19 +205,17 @@ def connect(device: str = "auto", shard: bool = False) -> World:
     From then on a process that dies ends all others within a minute, with a message that names it.
 
     Raises:
-        ValueError: CUDA is asked for and there is none.
+        ValueError: CUDA is asked for and there is none, or there are fewer GPUs than processes.
     """
     global _watch
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = str(device_named(device))
+    if device == "cuda":
+        index, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        if index >= count:
+            raise ValueError(f"process {index} has no GPU: this machine has {count}; start fewer processes")
+        device = f"cuda:{index}"
     if device.startswith("cuda"):
-        if not torch.cuda.is_available():
-            raise ValueError(f"device {device!r} is not available: this PyTorch ({torch.__version__}) sees no CUDA GPU")
-        if device == "cuda":
-            device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-        if (torch.device(device).index or 0) >= (count := torch.cuda.device_count()):
-            raise ValueError(f"device {device!r} is not there: this machine has {count}; start fewer processes")
         torch.cuda.set_device(torch.device(device))
     elif device != "cpu":
         raise ValueError(f"unknown device {device!r}: choose auto, cpu or cuda")

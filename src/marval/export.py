@@ -9,7 +9,7 @@ from marval import __version__
 from marval.checkpoint import read_json, write_atomically
 from marval.evaluate import weights_digest
 from marval.pipeline import Pipeline
-from marval.run import new_folder
+from marval.run import check_empty, new_folder
 from marval.tables import result_table, sweep_table
 from marval.tokenizers import LatentTokenizer
 
@@ -87,6 +87,7 @@ def export(
     Raises:
         ValueError: no model in the folder, numbers of another model, or ``out`` is not empty.
     """
+    check_empty(out)
     pipeline, name = Pipeline.load(model), name or out.resolve().name
     if half:
         pipeline.network.half().float()

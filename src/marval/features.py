@@ -78,8 +78,8 @@ class FeatureNetwork:
         parts: list[dict[str, Tensor]] = []
         for start in range(0, len(images), BATCH):
             batch = torch.from_numpy(images[start : start + BATCH]).to(self.device)
-            parts.append({name: value.float().cpu() for name, value in self.run(batch).parts().items()})
-        result = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+            parts.append({name: value.float() for name, value in self.run(batch).parts().items()})
+        result = {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
         for name, value in result.items():
             if not value.isfinite().all():
                 raise ValueError(f"the {name} features of {self.name} are not finite")

@@ -4,6 +4,7 @@ Everything is computed in float64 from features that a network (`marval.features
 two networks cannot be compared with each other: a value means nothing without the name of its features.
 """
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -19,6 +20,12 @@ class Moments:
     mu: np.ndarray
     sigma: np.ndarray
     count: int = 0
+
+    @functools.cached_property
+    def root(self) -> np.ndarray:
+        """The symmetric square root of the covariance: a reference is compared many times."""
+        values, vectors = np.linalg.eigh(self.sigma)
+        return vectors * np.sqrt(values.clip(min=0)) @ vectors.T
 
 
 class Statistics:
@@ -66,9 +73,7 @@ def frechet_distance(a: Moments, b: Moments) -> float:
     """
     if a.mu.shape != b.mu.shape:
         raise ValueError(f"statistics of {len(a.mu)} features cannot be compared with {len(b.mu)}: use one network")
-    values, vectors = np.linalg.eigh(a.sigma)
-    root = vectors * np.sqrt(values.clip(min=0)) @ vectors.T
-    product_root = np.sqrt(np.linalg.eigvalsh(root @ b.sigma @ root).clip(min=0))
+    product_root = np.sqrt(np.linalg.eigvalsh(a.root @ b.sigma @ a.root).clip(min=0))
     difference = a.mu - b.mu
     return float(difference @ difference + np.trace(a.sigma) + np.trace(b.sigma) - 2 * product_root.sum())
 

@@ -244,7 +244,8 @@ class Monitor:
         real = reference.features
         if real is not None and min(len(real), len(features)) > NEIGHBOURS:
             subsets = 1 if max(len(real), len(features)) <= 1000 else 10
-            key = generator(self.config.seed, 0x41D)
+            key, device = generator(self.config.seed, 0x41D), self.world.device
+            features, real = features.to(device), real.to(device)
             values["kid"] = kernel_distance(features, real, key, subsets)[0]
             values["precision"], values["recall"] = precision_recall(features, real, NEIGHBOURS)
         return values

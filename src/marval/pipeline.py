@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import functools
 import numbers
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import Tensor
 from marval import masking, sampling
 from marval.checkpoint import load_strictly, load_tensors, read_json, read_raw_weights, save_tensors, write_json
 from marval.config import MARConfig, SamplingConfig, StudentConfig, check, from_dict, to_dict
+from marval.devices import device_named
 from marval.diffusion import cosine_schedule, respace
 from marval.graphs import Call, Graphs, plainly
 from marval.models.autoencoders import CONFIG, link_autoencoder
@@ -32,6 +34,8 @@ from marval.tokenizers import (
 )
 
 FORMAT = 1
+DECODED = 256
+"""Images that an autoencoder decodes at a time: its maps are the largest tensors there are."""
 
 
 def read_config(folder: Path) -> tuple[MARConfig, StudentConfig | None, dict[str, Any]]:
@@ -89,9 +93,9 @@ class Pipeline:
         """Sample faster, with the same images up to rounding.
 
         On the CPU, linear layers multiply by oneDNN, and the weights of large ones are also stored as its kernels read
-        them, which doubles the memory (`marval.models.cpu`). What the arguments ask for is prepared at the first call
-        of each shape, in seconds to minutes, so it pays for many images; neither helps a cached backbone
-        (``refresh_every``).
+        them, which doubles the memory (`marval.models.cpu`): train a model before, not after. What the arguments ask
+        for is prepared at the first call of each shape, in seconds to minutes, so it pays for many images; neither
+        helps a cached backbone (``refresh_every``).
 
         Args:
             graphs: on CUDA, record each AR step, of a teacher in two parts, and the decoding, as CUDA graphs: at small
@@ -129,15 +133,11 @@ class Pipeline:
             dtype: of the weights; bf16 is for sampling only, at half the memory.
 
         Raises:
-            ValueError: something is missing, damaged or does not fit; the message names the file and the tensor.
+            ValueError: something is missing, damaged or does not fit, or there is no such device; the message names
+                the file and the tensor, or the device.
         """
         path = model_folder(path)
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        try:
-            device = torch.device(device)
-        except RuntimeError:
-            raise ValueError(f"unknown device {device!r}: choose auto, cpu or cuda") from None
+        device = device_named(device)
         check(weights in ("ema", "raw"), f"unknown weights {weights!r}: choose ema or raw")
         check(dtype in ("float32", "bf16"), f"unknown dtype {dtype!r}: choose float32 or bf16")
         sizes, student, config = read_config(path)
@@ -168,7 +168,11 @@ class Pipeline:
 
     def save(self, path: str | Path, half: bool = False) -> None:
         """Write ``config.json`` and ``model.safetensors`` into the folder, each atomically, and link the autoencoder's
-        files, if there are any, into ``tokenizer`` below it. ``half`` stores the weights in float16."""
+        files, if there are any, into ``tokenizer`` below it. ``half`` stores the weights in float16.
+
+        A model that is there is replaced. What else a run left there stays, such as the ``scores.safetensors`` from
+        which RL goes on: save a model that you changed in a folder of its own.
+        """
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
         if isinstance(self.tokenizer, LatentTokenizer) and self.tokenizer.folder is not None:
@@ -228,6 +232,8 @@ class Pipeline:
             self.student.timesteps(config.evaluations)
         elif config.evaluations > 1:
             raise ValueError(f"evaluations {config.evaluations} is for students: a teacher takes head_steps")
+        elif config.solver == "ddim" and given.get("temperature", 1) != 1:
+            raise ValueError(f"ddim adds no noise, so temperature {config.temperature} does nothing: leave it out")
         if config.refresh_every > 1 and self.call is not plainly:
             raise ValueError(f"refresh_every {config.refresh_every} does not work with CUDA graphs: use one of them")
         if self.student is not None:
@@ -275,13 +281,14 @@ class Pipeline:
             head_steps, solver: the teacher's inner chain: 1..1000 steps, ``ancestral`` or ``ddim``.
             evaluations: of a student's head per token; 1, or a number that divides those that it was distilled for.
             guidance: scale w >= 0, 1 is none. guidance_schedule: ``constant`` or ``linear``.
-            temperature: scale of the noise, >= 0.
+            temperature: scale of a student's input noise, or of what each ancestral step of a teacher's chain adds (not
+                of the noise that it starts from); >= 0. DDIM adds none.
             order: ``random``, ``raster``, ``centre-out``, ``halton``, or a permutation (L,), or one per image
                 (num_images, L), in the order in which tokens are revealed.
             refresh_every: AR steps from one full pass of the backbone to the next; 1 is exact.
-            images, keep: inpainting. uint8 NHWC images, and a boolean mask of the token grid, (grid, grid) or one
-                per image (num_images, grid, grid): True tokens are kept, the others drawn. An autoencoder gives the
-                kept tokens (the posterior's mode) and decodes them, so kept pixels are near the given ones.
+            images, keep: inpainting. uint8 NHWC images, and a boolean mask (or 0 and 1) of the token grid, (grid, grid)
+                or one per image (num_images, grid, grid): True tokens are kept, the others drawn. An autoencoder gives
+                the kept tokens (the posterior's mode) and decodes them, so kept pixels are near the given ones.
 
         Returns:
             uint8 NHWC (num_images, H, W, C).
@@ -301,16 +308,21 @@ class Pipeline:
 
     def to_images(self, tokens: Tensor, call: Call | None = None) -> Tensor:
         """Tokens (B, L, D) -> uint8 NHWC images, on their device. ``call``: in place of the model's own."""
-        return (call or self.call)("images", lambda tokens: to_uint8(self.tokenizer.decode(tokens)), tokens)
+        decode = functools.partial(
+            call or self.call, "images", lambda some: to_uint8(self.tokenizer.decode(some))
+        )  # fmt: skip
+        return torch.cat([decode(some) for some in tokens.split(DECODED)])
 
     @torch.no_grad()
     def sample_tokens(
         self, classes: Sequence[int | str | None] | int | str | None = None, *, num_images: int | None = None,
         seed: int = 0, first_image: int = 0, batch_size: int = 64, order: str | Sequence[int] | Tensor | None = None,
-        **settings: Any,
+        images: np.ndarray | None = None, keep: np.ndarray | Tensor | None = None, **settings: Any,
     ) -> Tensor:  # fmt: skip
         """As `sample`, without decoding: tokens (num_images, L, D) float32 on the CPU."""
-        batches = self._token_batches(classes, num_images, seed, first_image, batch_size, order, None, None, **settings)
+        batches = self._token_batches(
+            classes, num_images, seed, first_image, batch_size, order, images, keep, **settings
+        )  # fmt: skip
         return torch.from_numpy(_in_order([(rows, tokens.float().cpu().numpy()) for rows, tokens in batches]))
 
     def _token_batches(
@@ -319,10 +331,16 @@ class Pipeline:
     ):  # fmt: skip
         named_order = order if isinstance(order, str) else None
         config = self.settings(order=named_order, **overrides)
+        counts = {"seed": seed, "first_image": first_image, "batch_size": batch_size, "num_images": num_images}
+        for name, count in counts.items():
+            if count is not None and not isinstance(count, numbers.Integral):
+                raise ValueError(f"{name} must be an integer, got {count!r}")
         if seed < 0 or first_image < 0:
             raise ValueError(f"seed and first_image must not be negative, got {seed} and {first_image}")
         if batch_size < 1:
             raise ValueError(f"the batch size must be at least 1, got {batch_size}")
+        if isinstance(classes, np.ndarray | Tensor) and not classes.ndim:
+            classes = classes.item()
         given: list[Any] = (
             list(classes) if isinstance(classes, Iterable) and not isinstance(classes, str) else [classes]
         )
@@ -370,11 +388,14 @@ class Pipeline:
             raise ValueError("inpainting needs both images and keep")
         if images is None:
             return None, torch.zeros(num_images, length, dtype=torch.bool)
-        size = self.tokenizer.image_size
+        images, size = np.asarray(images), self.tokenizer.image_size
         shape = (num_images, size, size, self.tokenizer.image_channels)
         if images.dtype != np.uint8 or images.shape != shape:
             raise ValueError(f"images must be uint8 NHWC {shape}; got {images.dtype} {images.shape}")
-        kept = torch.as_tensor(keep, dtype=torch.bool)
+        kept = torch.as_tensor(keep)
+        if not ((kept == 0) | (kept == 1)).all():
+            raise ValueError("keep must be True or False for each token, not a share of it")
+        kept = kept.bool().cpu()
         if tuple(kept.shape) not in ((grid, grid), (num_images, grid, grid)):
             raise ValueError(f"keep must be a ({grid}, {grid}) mask of tokens, or one per image; got {kept.shape}")
         parts = [

@@ -17,6 +17,7 @@ from marval import masking, policy, rng
 from marval.algorithms import Batch, GroupGradient, RewardGradient
 from marval.checkpoint import save_tensors
 from marval.config import RLConfig, warn
+from marval.curve import needs_features
 from marval.distributed import connect, template, whole, whole_copy
 from marval.ema import EMA
 from marval.matching import (
@@ -44,7 +45,8 @@ from marval.rewards import (
     during,
     load_reward,
 )
-from marval.run import Run
+from marval.run import Run, look_at
+from marval.shipped import model_folder
 from marval.tokenizers import to_float
 from marval.train import save_sample_grid
 from marval.update import Update, add_weighted, autocast, prepare
@@ -55,12 +57,18 @@ COLLAPSES = 3
 """Evaluations of a collapsed model in a row that stop a run, however patient it is."""
 
 
-def rl(config: RLConfig, student_folder: Path, out: Path, resume: bool = False) -> Pipeline:
+def rl(config: RLConfig, student_folder: str | Path, out: str | Path, resume: bool = False) -> Pipeline:
     """Run `marval rl`: returns the averaged model with the best held-out score, which is also saved in ``out``.
 
+    Args:
+        student_folder: of `marval distill`, or the name of a student that comes with marval. out: a new folder.
+        resume: go on with the run in ``out``, if there is one.
+
     Raises:
+        ValueError: settings, reward, networks, student or folder do not go together; before the first update.
         RewardError, FloatingPointError: the reward or an update failed; says where the best model so far lies.
     """
+    student_folder, out = model_folder(student_folder), Path(out)
     best: dict[str, Any] = {"score": -float("inf"), "step": 0, "misses": 0, "collapsed": 0, "weights": None}
     best |= {"ranges": {}, "stop": "", "units": None}
     try:
@@ -80,6 +88,12 @@ def align(config: RLConfig, student_folder: Path, out: Path, resume: bool, best:
         check_files(spec, config.classifier)
     if config.judge:
         check_classifier(config.judge)
+    if config.reference:
+        needs_features(config.reference)
+    folders = {"student": str(student_folder), "classifier": config.classifier, "judge": config.judge}
+    inputs = {name: Path(path) for name, path in folders.items() if path}
+    inputs |= code_of([config.reward, *listed(config.held_out)])
+    look_at(out, "rl", config, resume, inputs)
     base = Pipeline.load(student_folder, world.device)
     if base.student is None:
         raise ValueError(f"{student_folder} holds a teacher: RL starts from a student of `marval distill`")
@@ -146,9 +160,7 @@ def align(config: RLConfig, student_folder: Path, out: Path, resume: bool, best:
         stateful |= {"auxiliary": auxiliary, "auxiliary_optimizer": auxiliary_optimizer}
     algorithms = {"gradient": RewardGradient, "group": GroupGradient}
     algorithm = algorithms[config.algorithm](model, reward, config, base.network)
-    folders = {"student": str(student_folder), "classifier": config.classifier, "judge": config.judge}
-    inputs = {name: Path(path) for name, path in folders.items() if path}
-    run = Run(out, "rl", config, resume, world, inputs | code_of([config.reward, *listed(config.held_out)]))
+    run = Run(out, "rl", config, resume, world, inputs)
     start = run.restore(stateful, best)
     if isinstance(reward, WeightedSum):
         reward.means, reward.stds = best["units"]

@@ -5,9 +5,15 @@ or order of work. Training: step n of a run has a generator of its own, from whi
 the whole batch and keeps its share, so neither a resume nor the number of processes changes them.
 """
 
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import torch
 from torch import Tensor
+
+THREADED = 1 << 20
+"""Numbers from which several threads draw those of different images, for a GPU."""
 
 
 def generator(*keys: int, device: torch.device | str = "cpu") -> torch.Generator:
@@ -28,6 +34,21 @@ def put(x: Tensor, device: torch.device | str) -> Tensor:
     return x.pin_memory().to(device, non_blocking=True)
 
 
+def fill_rows(rows: Tensor, generators: Sequence[torch.Generator], threads: bool) -> None:
+    """Standard normal numbers into each row (N, ...) from its own generator, by several threads if so asked."""
+
+    def fill(row: Tensor, g: torch.Generator) -> None:
+        with torch.inference_mode():  # which threads do not inherit
+            row.normal_(generator=g)
+
+    if threads:
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(fill, rows, generators))
+        return
+    for row, g in zip(rows, generators, strict=True):
+        fill(row, g)
+
+
 class ImageNoise:
     """Random numbers of a batch of images, one CPU generator per image.
 
@@ -41,7 +62,10 @@ class ImageNoise:
 
     def randn(self, *shape: int) -> Tensor:
         """Standard normal (B, *shape)."""
-        return put(torch.stack([torch.randn(shape, generator=g) for g in self.generators]), self.device)
+        on_gpu = torch.device(self.device).type == "cuda"
+        draws = torch.empty(len(self.generators), *shape, pin_memory=on_gpu)
+        fill_rows(draws, self.generators, threads=on_gpu and draws.numel() >= THREADED)
+        return draws.to(self.device, non_blocking=True)
 
     def permutation(self, length: int) -> Tensor:
         """A random permutation for each image, (B, length)."""

@@ -79,15 +79,47 @@ def writable_folder(path: Path) -> Path:
     return path
 
 
+def check_empty(path: Path) -> None:
+    """Raises ValueError if the folder holds anything."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"{path} exists and is not empty: choose another --out")
+
+
 def new_folder(path: Path) -> Path:
     """Create a folder that must not hold anything yet.
 
     Raises:
         ValueError: it is not empty, or cannot be written.
     """
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ValueError(f"{path} exists and is not empty: choose another --out")
+    check_empty(path)
     return writable_folder(path)
+
+
+def look_at(
+    out: Path, verb: str, config: RunConfig, resume: bool, inputs: dict[str, Path] | None = None
+) -> dict[str, Any]:
+    """The settings of a run, as its folder keeps them, once it is clear that the folder can take it; writes nothing.
+
+    Raises:
+        ValueError: see `Run`.
+    """
+    settings = json.loads(json.dumps(to_dict(config)))
+    for name, path in (inputs or {}).items():
+        settings[name] = f"sha256 {digest_of(path)}"
+    if resume and (out / "meta.json").exists():
+        before = read_json(out / "meta.json")
+        before["config"] = filled(before["config"], json.loads(json.dumps(to_dict(type(config)()))))
+        if before["verb"] != verb:
+            raise ValueError(f"{out} holds a run of `marval {before['verb']}`, not of `marval {verb}`")
+        for name in settings | before["config"]:
+            if name not in FREE and settings.get(name) != before["config"].get(name):
+                values = f"{before['config'].get(name)!r}, not {settings.get(name)!r}"
+                raise ValueError(f"{out} was started with {name} = {values}: resume with the same settings")
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if (out / "meta.json").exists():
+            raise ValueError(f"{out} already holds a run: add --resume to go on, or choose another --out")
+        raise ValueError(f"{out} is not empty and not a run of marval: choose another --out")
+    return settings
 
 
 class Run:
@@ -107,23 +139,7 @@ class Run:
     ):
         self.out, self.config, self.world, self.verb = out, config, world, verb
         self.metrics_file = out / "metrics.jsonl"
-        settings = json.loads(json.dumps(to_dict(config)))
-        for name, folder in (inputs or {}).items():
-            settings[name] = f"sha256 {digest_of(folder)}"
-        self.settings = settings
-        if resume and (out / "meta.json").exists():
-            before = read_json(out / "meta.json")
-            before["config"] = filled(before["config"], json.loads(json.dumps(to_dict(type(config)()))))
-            if before["verb"] != verb:
-                raise ValueError(f"{out} holds a run of `marval {before['verb']}`, not of `marval {verb}`")
-            for name in settings | before["config"]:
-                if name not in FREE and settings.get(name) != before["config"].get(name):
-                    values = f"{before['config'].get(name)!r}, not {settings.get(name)!r}"
-                    raise ValueError(f"{out} was started with {name} = {values}: resume with the same settings")
-        elif out.exists() and (not out.is_dir() or any(out.iterdir())):
-            if (out / "meta.json").exists():
-                raise ValueError(f"{out} already holds a run: add --resume to go on, or choose another --out")
-            raise ValueError(f"{out} is not empty and not a run of marval: choose another --out")
+        self.settings = look_at(out, verb, config, resume, inputs)
         world.barrier()  # every process has looked at the folder before one writes into it
         if world.is_main:
             writable_folder(out)

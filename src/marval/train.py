@@ -97,18 +97,33 @@ def save_sample_grid(run: Run, model: Pipeline, step: int, rows: int = 4) -> Non
     if not model.tokenizer.has_images:
         return
     classes = list(range(min(10, len(model.class_names))))
-    images = model.sample(classes, num_images=rows * len(classes), seed=run.config.seed, batch_size=len(classes))
+    count = rows * len(classes)
+    images = model.sample(classes, num_images=count, seed=run.config.seed, batch_size=count)
     (run.out / "samples").mkdir(exist_ok=True)
     grid = image_grid(images, columns=len(classes), scale=max(1, 64 // images.shape[1]))
     save_png(run.out / "samples" / f"step-{step:06d}.png", grid)
 
 
-def train(config: TrainConfig, out: Path, resume: bool = False) -> Pipeline:
-    """Run `marval train`: returns the averaged model, which is also saved in ``out``."""
+def train(config: TrainConfig, out: str | Path, resume: bool = False) -> Pipeline:
+    """Run `marval train`: returns the averaged teacher of the last update, which is also saved in ``out``.
+
+    If quality is measured (``eval_every``), the best lies in ``out/best``. With ``model.dropout``, every update seeds
+    PyTorch's global generators; nothing else reads or sets them.
+
+    Args:
+        out: a new folder. resume: go on with the run in ``out``, if there is one.
+
+    Raises:
+        ValueError: settings, data or folder do not go together; before the first update.
+        FloatingPointError: a loss or gradient is not finite; names the update.
+    """
+    out = Path(out)
     world = connect(config.device, config.shard)
     parts, call = world.parts(config.batch, config.accumulate), caller(config, world)
     data = load_data(config.data, "train", config.image_size, config.classes)
     tokenizer = tokenizer_for(config, data)
+    if config.shift and isinstance(data, LatentDataset):
+        raise ValueError(f"{data.source}, are latents, which cannot be shifted: leave --shift out")
     model = build_teacher(config, tokenizer, data.class_names).to(world.device)
     model.settings()
     curve = Curve(config, model, data, world, config.eval_head_steps)
@@ -158,7 +173,8 @@ def train(config: TrainConfig, out: Path, resume: bool = False) -> Pipeline:
         network.train()
         watched: dict[str, Tensor] = {}
         for rows, own, weight in parts:
-            rng.seed_dropout(config.seed, 3, step, rows.start)
+            if network.config.dropout:
+                rng.seed_dropout(config.seed, 3, step, rows.start)
             _, values = update.backward(
                 teacher_loss, network, schedule, own_tokens[own], visible[rows], masked[rows], labels[rows], t[rows],
                 eps[rows], weight=weight, last=rows is parts[-1].rows,

@@ -12,8 +12,8 @@ from tqdm import tqdm
 
 from marval.checkpoint import load_strictly, load_tensors, read_json, save_tensors, write_json
 from marval.config import check, from_dict, to_dict
-from marval.data import ImageDataset, batch_indices, random_shift
-from marval.rng import generator
+from marval.data import ImageDataset, batch_indices, prefetch, random_shift
+from marval.rng import generator, put
 from marval.shipped import classifier_folder
 from marval.tokenizers import to_float
 
@@ -199,14 +199,21 @@ def train_classifier(
     steps = epochs * -(-len(dataset) // batch)
     optimizer = torch.optim.AdamW(classifier.parameters(), lr, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=max(steps, 2), pct_start=0.2)
-    for step in tqdm(range(steps), desc=f"classifier ({arch})", disable=not progress, delay=2):
+
+    def read(step: int) -> tuple[Tensor, Tensor]:
         draw = generator(seed, step, _TRAIN_KEY)
         rows = batch_indices(len(dataset), batch, step, seed)
         images = random_shift(to_float(torch.from_numpy(dataset.images[rows])), shift, draw)
         std = noise * torch.rand(batch, 1, 1, 1, generator=draw)
         images = (images + std * torch.randn(images.shape, generator=draw)).clamp(0, 1)
-        labels = torch.from_numpy(dataset.labels[rows]).to(device)
-        loss = F.cross_entropy(classifier(images.to(device)), labels, label_smoothing=label_smoothing)
+        return put(images, device), put(torch.from_numpy(dataset.labels[rows]), device)
+
+    ahead = prefetch if torch.device(device).type == "cuda" else map  # a GPU would wait for the noise
+    batches = tqdm(
+        ahead(read, range(steps)), total=steps, desc=f"classifier ({arch})", disable=not progress, delay=2
+    )  # fmt: skip
+    for images, labels in batches:
+        loss = F.cross_entropy(classifier(images), labels, label_smoothing=label_smoothing)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
