@@ -77,7 +77,7 @@ def test_every_setting_changes_the_run(tmp_path: Path):
         found[name] = tuple(row[key] for row in tiny.metrics(tmp_path / name) for key in ("loss", "grad_norm"))
         assert np.isfinite(found[name]).all()
     assert len(set(found.values())) == len(variants)
-    assert found["clip"] == pytest.approx(found["plain"], rel=1e-3), "Adam takes no notice of a scale"
+    assert found["clip"] == pytest.approx(found["plain"], rel=0.02), "Adam takes no notice of a scale"
     assert found["bf16"] == pytest.approx(found["plain"], rel=0.02)
     sizes = Pipeline.load(tmp_path / "patches").network.config
     assert (sizes.grid, sizes.token_dim) == (2, 16)
