@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from small_codec import make_codec, write_images
 
 import marval
+from marval import pipeline
 from marval import train as training
 from marval.__main__ import main
 from marval.config import DistillConfig, GSIMConfig, MARConfig, RLConfig, SamplingConfig, TrainConfig
@@ -43,7 +44,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def test_a_teacher_of_latents(made: Path):
+def test_a_teacher_of_latents(made: Path, monkeypatch: pytest.MonkeyPatch):
     model = marval.load(made / "teacher")
     assert model.class_names == ["ant", "bee"]
     assert model.label("ANT") == model.label("0") == 0
@@ -53,6 +54,8 @@ def test_a_teacher_of_latents(made: Path):
     assert (sizes.grid, sizes.token_dim) == (4, 16)
     images = model.sample(["ant", None], seed=1)
     assert images.shape == (2, 32, 32, 3)
+    monkeypatch.setattr(pipeline, "DECODED", 1)
+    assert np.abs(model.sample(["ant", None], seed=1).astype(int) - images).max() <= 1, "decoded one by one"
     assert (made / "teacher" / "samples" / "step-000003.png").exists()
     keep = np.eye(4, dtype=bool)
     completed = model.sample(["bee"], images=images[:1], keep=keep)
