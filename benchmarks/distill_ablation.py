@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from real_pictures import load_networks, quality, real_features
+from real_pictures import load_networks, moments_of_all, quality, real_features
 from results_page import (
     BLUE,
     GREY,
@@ -116,9 +116,9 @@ class Study:
         networks = load_networks(folder, None, None, "cpu")
         parts = {"train": load_dataset(data, "train")}
         real = real_features(data, parts, networks, QUICK / "sets" if quick else folder / "sets")
-        names = self.teacher.class_names
+        names, whole = self.teacher.class_names, moments_of_all(real)
         self.quality: Callable[..., dict[str, float]] = lambda images, labels: quality(
-            images, labels, [len(images)], networks, real, names
+            images, labels, [len(images)], networks, real, whole, names
         )[len(images)]
         protocol = {
             "recipe": to_dict(self.base),
