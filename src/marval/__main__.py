@@ -88,10 +88,9 @@ def distill_verb(args: list[str]) -> None:
             return
         check_alone(processes)
         from marval.distill import distill
-        from marval.shipped import model_folder
 
-        teacher, out = model_folder(needed(teacher, "teacher")), needed(out, "out")
-        distill(config, teacher, out, resume, start and model_folder(start))
+        teacher, out = needed(teacher, "teacher"), needed(out, "out")
+        distill(config, teacher, out, resume, start)
         say(f"student in {out}")
 
     parse(distill, "distill RECIPE", rest)
@@ -120,9 +119,8 @@ def rl_verb(args: list[str]) -> None:
             return
         check_alone(processes)
         from marval.rl import rl
-        from marval.shipped import model_folder
 
-        student, out = model_folder(needed(student, "student")), needed(out, "out")
+        student, out = needed(student, "student"), needed(out, "out")
         best = rl(config, student, out, resume).provenance["best_update"]
         kept = f", best of update {best}" if best else " is the one given: no update was better"
         say(f"aligned student in {out}{kept}")
