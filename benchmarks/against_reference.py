@@ -256,13 +256,6 @@ class Measured:
     """Seconds inside encoder, decoder and head, if they were timed."""
 
 
-class Ends(list[Any]):
-    """Times at which AR steps ended: `Pipeline.draw_batch` appends the tokens after each, which are not kept."""
-
-    def append(self, _: Any) -> None:
-        super().append(time.perf_counter())
-
-
 @dataclasses.dataclass
 class Theirs:
     """The reference teacher."""
@@ -317,7 +310,7 @@ class Ours:
     refresh_every: int = 1
 
     def draw(self, config: SamplingConfig, labels: Tensor, clocked: bool, seed: int = 0, noise: Any = None) -> Measured:
-        device, ends = labels.device, Ends()
+        device, ends = labels.device, []
         schedule = "constant" if self.model.student else config.guidance_schedule
         config = dataclasses.replace(config, refresh_every=self.refresh_every, guidance_schedule=schedule)
         seconds: dict[str, float] = {}
@@ -325,11 +318,12 @@ class Ours:
             synchronise(device)
             start = time.perf_counter()
             noise = noise or ImageNoise(seed, list(range(len(labels))), device)
-            tokens = self.model.draw_batch(config, labels, noise, trace=ends if clocked else None)
+            clock = (lambda *_: ends.append(time.perf_counter())) if clocked else None
+            tokens = self.model.draw_batch(config, labels, noise, each_ar_step=clock)
             synchronise(device)
             end = time.perf_counter()
             seconds |= parts or {}
-        times = [start, *ends[:-1], end]
+        times: list[float] = [start, *ends[:-1], end]
         seconds.pop("tokenizer", None)
         return Measured(tokens.float(), [b - a for a, b in itertools.pairwise(times)], seconds)
 

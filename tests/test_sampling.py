@@ -245,16 +245,17 @@ def test_orders(make, kind):
 
 
 def test_tokens_are_revealed_in_the_order_given(make):
-    model, trace = make(), []
+    model, steps = make(), []
     orders = torch.stack([torch.arange(L).flip(0), masking.centre_out_order(4)])
-    config = model.settings(ar_steps=6)
+    config, labels, noise = model.settings(ar_steps=6), torch.tensor([0, 3]), ImageNoise(0, [0, 1])
     with torch.no_grad():
-        model.draw_batch(config, torch.tensor([0, 3]), ImageNoise(0, [0, 1]), orders, trace=trace)
-    for tokens, masked in zip(trace, masking.masked_counts(L, 6)[1:], strict=True):
+        model.draw_batch(config, labels, noise, orders, each_ar_step=lambda *step: steps.append(step))
+    for (tokens, drawn), masked in zip(steps, masking.masked_counts(L, 6)[1:], strict=True):
+        assert torch.equal(drawn, orders[:, : L - masked])
         for row, order in zip(tokens, orders, strict=True):
             revealed = row.any(-1).nonzero().squeeze(1)
             assert torch.equal(revealed, order[: L - masked].sort().values)
-    for before, after in itertools.pairwise(trace):
+    for (before, _), (after, _) in itertools.pairwise(steps):
         assert torch.equal(after[before != 0], before[before != 0])
 
 

@@ -15,6 +15,7 @@ USAGE = """usage: marval VERB ...
   distill RECIPE     distil a teacher into a one-step student (GSIM)
   rl RECIPE          align a student with a reward
   sample             draw images from a model
+  demo               a page in the browser: draw, compare models, complete pictures
   evaluate [RECIPE]  measure a model against real images
   bench              time a teacher and its student
   average            the mean of models that went on from the same one
@@ -233,6 +234,27 @@ def sample_verb(args: list[str]) -> None:
         )  # fmt: skip
 
     parse(sample, "sample", args)
+
+
+def demo_verb(args: list[str]) -> None:
+    def demo(
+        models: Annotated[tuple[str, ...], positional()] = (), /, *, host: str = "127.0.0.1", port: int = 7860,
+        device: str = "auto",
+    ) -> None:  # fmt: skip
+        """Serve a page on which models draw side by side, token by token, and complete pictures.
+
+        Args:
+            models: Folders of teachers and students, or models that come with marval, which are all if none is named.
+            host: Address to listen on; 0.0.0.0 for other machines too.
+            port: Of the page; 0 for any that is free.
+            device: cpu, cuda, or auto.
+        """
+        from marval import shipped
+        from marval.demo import serve
+
+        serve(models or shipped.names(), host, port, device)
+
+    parse(demo, "demo", args)
 
 
 def evaluate_verb(args: list[str]) -> None:
@@ -486,6 +508,7 @@ VERBS: dict[str, Callable[[list[str]], None]] = {
     "distill": distill_verb,
     "rl": rl_verb,
     "sample": sample_verb,
+    "demo": demo_verb,
     "evaluate": evaluate_verb,
     "bench": bench_verb,
     "average": average_verb,

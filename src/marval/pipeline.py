@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import functools
 import numbers
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -268,6 +268,7 @@ class Pipeline:
         temperature: float | None = None,
         order: str | Sequence[int] | Tensor | None = None, refresh_every: int | None = None, batch_size: int = 64,
         images: np.ndarray | None = None, keep: np.ndarray | Tensor | None = None,
+        each_ar_step: Callable[[list[int], Tensor, Tensor], object] | None = None,
     ) -> np.ndarray:  # fmt: skip
         """Draw images. Every argument left out takes the model's default.
 
@@ -289,6 +290,8 @@ class Pipeline:
             images, keep: inpainting. uint8 NHWC images, and a boolean mask (or 0 and 1) of the token grid, (grid, grid)
                 or one per image (num_images, grid, grid): True tokens are kept, the others drawn. An autoencoder gives
                 the kept tokens (the posterior's mode) and decodes them, so kept pixels are near the given ones.
+            each_ar_step: called after each AR step of a batch with the numbers of its images in what is returned, their
+                tokens so far (B, L, D), and the positions (B, V) of those that are kept or drawn (`to_images` decodes).
 
         Returns:
             uint8 NHWC (num_images, H, W, C).
@@ -302,6 +305,7 @@ class Pipeline:
             classes, num_images, seed, first_image, batch_size, order, images, keep,
             ar_steps=ar_steps, head_steps=head_steps, solver=solver, evaluations=evaluations, guidance=guidance,
             guidance_schedule=guidance_schedule, temperature=temperature, refresh_every=refresh_every,
+            each_ar_step=each_ar_step,
         )  # fmt: skip
         parts = [(rows, self.to_images(tokens).cpu().numpy()) for rows, tokens in batches]
         return _in_order(parts)
@@ -327,7 +331,8 @@ class Pipeline:
 
     def _token_batches(
         self, classes: Any, num_images: int | None, seed: int, first_image: int, batch_size: int, order: Any,
-        images: np.ndarray | None, keep: Any, **overrides: Any,
+        images: np.ndarray | None, keep: Any,
+        each_ar_step: Callable[[list[int], Tensor, Tensor], object] | None = None, **overrides: Any,
     ):  # fmt: skip
         named_order = order if isinstance(order, str) else None
         config = self.settings(order=named_order, **overrides)
@@ -366,6 +371,7 @@ class Pipeline:
                     ImageNoise(seed, [first_image + i for i in batch], self.device),
                     None if orders is None else orders[batch],
                     None if known is None else known[batch], kept[batch],
+                    None if each_ar_step is None else functools.partial(each_ar_step, batch),
                 )  # fmt: skip
                 if not tokens.isfinite().all():
                     raise FloatingPointError(
@@ -407,14 +413,15 @@ class Pipeline:
 
     def draw_batch(
         self, config: SamplingConfig, labels: Tensor, noise: ImageNoise, orders: Tensor | None = None,
-        known: Tensor | None = None, kept: Tensor | None = None, trace: list[Tensor] | None = None,
+        known: Tensor | None = None, kept: Tensor | None = None,
+        each_ar_step: Callable[[Tensor, Tensor], object] | None = None,
     ) -> Tensor:  # fmt: skip
         """One batch of tokens (B, L, D).
 
         Args:
             labels: (B,) on any device. noise: of these images. orders: (B, L), else drawn or made by name.
             known, kept: tokens (B, L, D) and a mask (B, L) with equally many True in each row.
-            trace: filled with the tokens after each AR step.
+            each_ar_step: called after each with the tokens so far and the positions (B, V) that are not masked.
         """
         length, device = self.network.config.num_tokens, self.device
         orders = self.make_orders(config.order, noise) if orders is None else orders.to(device)
@@ -428,17 +435,17 @@ class Pipeline:
             assert known is not None
             return known.to(device)
         to_draw = length - num_known
+        counts = masking.masked_counts(to_draw, min(config.ar_steps, to_draw))
         steps = sampling.unmask(
-            self.network, self.draw(config, noise), labels.to(device), orders,
-            masking.masked_counts(to_draw, min(config.ar_steps, to_draw)), z,
+            self.network, self.draw(config, noise), labels.to(device), orders, counts, z,
             guidance=config.guidance, guidance_schedule=config.guidance_schedule, needs_null=self.student is None,
             tokens=None if known is None or num_known == 0 else known.to(device), refresh_every=config.refresh_every,
             call=self.call,
         )  # fmt: skip
         tokens = z
-        for tokens in steps:
-            if trace is not None:
-                trace.append(tokens)
+        for tokens, masked in zip(steps, counts[1:], strict=True):
+            if each_ar_step is not None:
+                each_ar_step(tokens, orders[:, : length - masked])
         return tokens
 
     def make_orders(self, order: str, noise: ImageNoise) -> Tensor:

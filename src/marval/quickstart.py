@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from marval import recipes
 from marval.bench import seconds_per_image
@@ -20,15 +21,12 @@ from marval.distill import distill, make_student
 from marval.draw import head_evaluations_per_token, sample_in_turn
 from marval.evaluate import weights_digest
 from marval.features import FeatureNetwork, classifier_features
-from marval.masking import masked_counts
 from marval.metrics import Moments, frechet_distance, moments_of
 from marval.models.classifier import Classifier, train_classifier
 from marval.pipeline import Pipeline
 from marval.report import write_report
 from marval.rl import rl
-from marval.rng import ImageNoise
 from marval.run import versions, writable_folder
-from marval.tokenizers import to_uint8
 from marval.train import train
 
 STAGES = ("teacher", "student", "aligned")
@@ -222,18 +220,17 @@ def save_samples(config: QuickstartConfig, models: dict[str, Pipeline], file: Pa
     for name, model in models.items():
         arrays[name] = model.sample(classes, seed=config.seed, batch_size=100)
     for name in ("teacher", "student"):
-        model, trace = models[name], []
-        noise = ImageNoise(config.seed, list(range(10)), model.device)
-        orders = model.make_orders("random", noise)
-        model.draw_batch(model.sampling, torch.arange(10), noise, orders, trace=trace)
-        trace = [torch.zeros_like(trace[0]), *trace]
-        arrays[f"{name}_trace"] = np.stack([to_uint8(model.tokenizer.decode(tokens)).cpu().numpy() for tokens in trace])
-        length = model.network.config.num_tokens
-        counts = masked_counts(length, model.sampling.ar_steps)
-        visible = np.zeros((len(counts), 10, length), bool)
-        for k, masked in enumerate(counts):
-            np.put_along_axis(visible[k], orders[:, : length - masked].cpu().numpy(), True, axis=1)
-        arrays["trace_visible"] = visible.reshape(len(counts), 10, model.network.config.grid, -1)
+        model, sizes = models[name], models[name].network.config
+        trace = [model.to_images(torch.zeros(10, sizes.num_tokens, sizes.token_dim, device=model.device))]
+        visible = [torch.zeros(10, sizes.num_tokens, dtype=torch.bool)]
+
+        def keep(_: list[int], tokens: Tensor, drawn: Tensor, model=model, trace=trace, visible=visible) -> None:
+            trace.append(model.to_images(tokens))
+            visible.append(visible[0].scatter(1, drawn.cpu(), True))
+
+        model.sample(range(10), seed=config.seed, each_ar_step=keep)
+        arrays[f"{name}_trace"] = torch.stack(trace).cpu().numpy()
+        arrays["trace_visible"] = torch.stack(visible).unflatten(2, (sizes.grid, sizes.grid)).numpy()
     save_arrays(file, arrays, compressed=True)
     return arrays
 

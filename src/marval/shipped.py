@@ -7,9 +7,10 @@ MODELS = ("teacher", "student", "aligned")
 
 
 def names() -> list[str]:
-    """All models, sorted."""
-    files = FOLDER.glob("*/*/config.json")
-    return sorted(file.parent.relative_to(FOLDER).as_posix() for file in files if file.parent.name in MODELS)
+    """All models, by data set, teachers first."""
+    folders = [file.parent for file in FOLDER.glob("*/*/config.json") if file.parent.name in MODELS]
+    folders.sort(key=lambda folder: (folder.parent.name, MODELS.index(folder.name)))
+    return [folder.relative_to(FOLDER).as_posix() for folder in folders]
 
 
 def model_folder(path: str | Path) -> Path:
