@@ -8,9 +8,9 @@ import io
 import json
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,8 @@ from marval.update import is_bf16
 PAGE = Path(__file__).parent / "assets" / "demo.html"
 MOST_IMAGES = 64
 MOST_BYTES = 1 << 24
+PAUSE = 0.05
+"""Seconds of drawing between two looks at it."""
 SETTINGS = {"ar_steps", "head_steps", "guidance", "order"}
 
 Send = Callable[[dict[str, Any]], None]
@@ -45,9 +47,10 @@ class Demo:
         place = device_named(device)
         dtype = "bf16" if is_bf16("auto", place) else "float32"
         self.models = {name: Pipeline.load(name, place, dtype=dtype).accelerate() for name in names}
-        self.lock = Lock()
-        for model in self.models.values():
-            model.sample(ar_steps=1, head_steps=None if model.student else 1)  # the first packs weights
+        self.ends = False
+        self.worker = ThreadPoolExecutor(1, "marval-demo")  # OpenMP starts anew in every thread
+        for model in self.models.values():  # the first image packs weights
+            self.worker.submit(model.sample, ar_steps=1, head_steps=None if model.student else 1).result()
 
     def describe(self) -> list[dict[str, Any]]:
         """What the page knows of each model."""
@@ -63,7 +66,7 @@ class Demo:
         ]  # fmt: skip
 
     def draw(self, request: Any, send: Send) -> None:
-        """Draw, and send the images after each AR step, then all of them with the time that one took.
+        """Draw, and send the images after AR steps, but not too often, then all of them with the time that one took.
 
         Args:
             request: ``model``, ``classes`` (indices, None for no class) and ``seed``; any of `SETTINGS`; to complete
@@ -103,19 +106,27 @@ class Demo:
 
         def show(_: list[int], tokens: Tensor, drawn: Tensor) -> None:
             nonlocal steps, mark
-            clock()
+            if self.ends:
+                raise ConnectionAbortedError
             steps += 1
+            if time.perf_counter() - mark < PAUSE:
+                return
+            clock()
             there = torch.zeros(tokens.shape[:2], dtype=torch.bool).scatter(1, drawn.cpu(), True)
             send({"step": steps, "png": _png(model.to_images(tokens).cpu().numpy(), there.numpy())})
             mark = time.perf_counter()
 
-        with self.lock:
+        def work() -> np.ndarray:
+            nonlocal mark
             mark = time.perf_counter()
             drawn = model.sample(
                 classes, seed=request["seed"], batch_size=len(classes), images=images, keep=keep, each_ar_step=show,
                 **settings,
             )  # fmt: skip
             clock()
+            return drawn
+
+        drawn = self.worker.submit(work).result()
         everywhere = np.ones((len(classes), grid * grid), bool)
         send({"seconds": seconds / len(classes), "png": _png(drawn, everywhere)})
 
@@ -194,9 +205,11 @@ def server(demo: Demo, host: str, port: int) -> ThreadingHTTPServer:
 
 def serve(names: Sequence[str], host: str, port: int, device: str) -> None:
     """Run `marval demo` until it is interrupted."""
-    with server(Demo(names, device), host, port) as page:
+    demo = Demo(names, device)
+    with server(demo, host, port) as page:
         print(f"{len(names)} models at http://{host}:{page.server_port} (Ctrl-C ends)", flush=True)
         try:
             page.serve_forever()
         except KeyboardInterrupt:
+            demo.ends = True
             print()
