@@ -198,6 +198,9 @@ class RunConfig:
     """Updates between sample grids (samples/step-*.png); 0 for none."""
     log_every: int = 20
     """Updates between lines of metrics.jsonl."""
+    tracker: Literal["none", "tensorboard", "wandb"] = "none"
+    """Where these numbers and the sample grids also go. tensorboard: event files in the run's folder; wandb: Weights &
+    Biases. Each needs the package of its name."""
     ema: float = 0.999
     """Decay of the weights' exponential moving average, which is what is evaluated and shipped."""
     clip_grad: float = 3.0

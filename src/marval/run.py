@@ -3,7 +3,7 @@
 config.json, model.safetensors   the averaged model so far, loadable at any time
 checkpoint.pt                    networks, averages, optimizers, step: everything to go on
 meta.json                        what ran: verb, settings, step, versions
-metrics.jsonl                    one JSON object per line
+metrics.jsonl                    one JSON object per line; a tracker gets them too, if one is asked for (marval.log)
 samples/step-000500.png          sample grids
 best/                            the best model, where quality is measured (marval.curve)
 """
@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -27,11 +28,13 @@ from marval.checkpoint import load_state, read_json, save_state, sha256, write_a
 from marval.config import RunConfig, filled, to_dict
 from marval.data import ImageDataset, LazyImages, prefetch
 from marval.distributed import World, restore, whole_state
+from marval.images import save_png
 from marval.latents import LatentDataset
+from marval.log import Tracker, check_tracker, tracker_of
 from marval.shipped import classifier_folder
 
 Read = TypeVar("Read")
-FREE = ("device", "shard", "accumulate", "activation_checkpointing", "compile", "graphs")
+FREE = ("device", "shard", "accumulate", "activation_checkpointing", "compile", "graphs", "tracker")
 """Settings that say how a run computes, not what: they may change on resume, as may the number of processes."""
 
 
@@ -103,6 +106,7 @@ def look_at(
     Raises:
         ValueError: see `Run`.
     """
+    check_tracker(config.tracker)
     settings = json.loads(json.dumps(to_dict(config)))
     for name, path in (inputs or {}).items():
         settings[name] = f"sha256 {digest_of(path)}"
@@ -139,6 +143,7 @@ class Run:
     ):
         self.out, self.config, self.world, self.verb = out, config, world, verb
         self.metrics_file = out / "metrics.jsonl"
+        self.tracker: Tracker | None = None
         self.settings = look_at(out, verb, config, resume, inputs)
         world.barrier()  # every process has looked at the folder before one writes into it
         if world.is_main:
@@ -172,6 +177,8 @@ class Run:
             kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
             if kept != lines:
                 write_atomically(self.metrics_file, lambda path: path.write_text("".join(kept)))
+        if self.world.is_main:
+            self.tracker = tracker_of(self.config.tracker, self.out, self.settings, max(step, 0))
         return max(step, 0)
 
     def save(self, step: int) -> None:
@@ -186,12 +193,22 @@ class Run:
             self._write_meta(step)
 
     def log(self, step: int, **values: float | Tensor) -> dict[str, float]:
-        """Append one line to metrics.jsonl."""
+        """Append one line to metrics.jsonl, and tell the tracker."""
         row = {name: float(value) for name, value in values.items()}
         if self.world.is_main:
             with open(self.metrics_file, "a") as file:
                 file.write(json.dumps({"step": step, **{k: float(f"{v:.6g}") for k, v in row.items()}}) + "\n")
+        if self.tracker is not None:
+            self.tracker.log(step, row)
         return row
+
+    def show(self, step: int, grid: np.ndarray) -> None:
+        """Save a sample grid, uint8 HWC, as samples/step-*.png, and show it to the tracker."""
+        file = self.out / "samples" / f"step-{step:06d}.png"
+        file.parent.mkdir(exist_ok=True)
+        save_png(file, grid)
+        if self.tracker is not None:
+            self.tracker.picture(step, file)
 
     def is_due(self, every: int, step: int) -> bool:
         """Whether something that happens every so many updates happens after update ``step``; always at the end."""

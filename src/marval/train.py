@@ -9,7 +9,7 @@ from torch import Tensor
 from marval import masking, rng
 from marval.config import MARConfig, TrainConfig
 from marval.curve import Curve, folder
-from marval.data import ImageDataset, batch_indices, batch_tokens, image_grid, load_data, save_png
+from marval.data import ImageDataset, batch_indices, batch_tokens, image_grid, load_data
 from marval.diffusion import Schedule, cosine_schedule, denoising_loss, q_sample
 from marval.distributed import connect, template
 from marval.ema import EMA
@@ -99,9 +99,7 @@ def save_sample_grid(run: Run, model: Pipeline, step: int, rows: int = 4) -> Non
     classes = list(range(min(10, len(model.class_names))))
     count = rows * len(classes)
     images = model.sample(classes, num_images=count, seed=run.config.seed, batch_size=count)
-    (run.out / "samples").mkdir(exist_ok=True)
-    grid = image_grid(images, columns=len(classes), scale=max(1, 64 // images.shape[1]))
-    save_png(run.out / "samples" / f"step-{step:06d}.png", grid)
+    run.show(step, image_grid(images, columns=len(classes), scale=max(1, 64 // images.shape[1])))
 
 
 def train(config: TrainConfig, out: str | Path, resume: bool = False) -> Pipeline:
