@@ -31,7 +31,8 @@ def student() -> str:
 @pytest.fixture(scope="module")
 def port() -> Iterator[int]:
     """Of a server of two tiny models."""
-    with demo.server(demo.Demo([teacher(), student()], "cpu"), "127.0.0.1", 0) as page:
+    with demo.Page("127.0.0.1", 0) as page:
+        page.demo = demo.Demo([teacher(), student()], "cpu")
         thread = threading.Thread(target=page.serve_forever)
         thread.start()
         yield page.server_port
@@ -39,9 +40,9 @@ def port() -> Iterator[int]:
         thread.join()
 
 
-def call(port: int, method: str, path: str, body: str | None = None) -> tuple[int, bytes]:
+def call(port: int, method: str, path: str, body: str | None = None, **headers: str) -> tuple[int, bytes]:
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-    connection.request(method, path, body)
+    connection.request(method, path, body, headers)
     answer = connection.getresponse()
     status, data = answer.status, answer.read()
     connection.close()
@@ -52,6 +53,12 @@ def draw(port: int, **request: Any) -> list[dict[str, Any]]:
     status, data = call(port, "POST", "/draw", json.dumps({"seed": 0, **request}))
     assert status == 200, data
     return [json.loads(line) for line in data.splitlines()]
+
+
+def png(pixels: np.ndarray) -> str:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return base64.b64encode(file.getvalue()).decode()
 
 
 def pictures(line: dict[str, Any], count: int) -> np.ndarray:
@@ -87,6 +94,7 @@ def test_draws_what_the_model_draws(port: int, make: Callable[[], str], monkeypa
     assert np.array_equal(final[..., :3], images.repeat(3, axis=3))
     assert (final[..., 3] == 255).all()
     assert last["seconds"] > 0
+    assert last["settings"] == {"ar_steps": 4, "guidance": 1.5, "guidance_schedule": "constant"}
     assert [line["step"] for line in steps] == [1, 2, 3, 4]
     shares = []
     for line in steps:
@@ -105,19 +113,19 @@ def test_fast_models_are_not_kept_waiting(port: int, monkeypatch: pytest.MonkeyP
 
 def test_completes_pictures(port: int):
     grid = Pipeline.load(student()).network.config.grid
-    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 4), dtype=np.uint8)
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 1), dtype=np.uint8).repeat(3, axis=2)
     keep = np.zeros((grid, grid), bool)
     keep[: grid // 2] = True
     for kept, rows in ((keep, slice(0, 4)), (np.ones_like(keep), slice(0, 8))):
-        given = {"pixels": base64.b64encode(pixels).decode(), "keep": kept.flatten().tolist()}
+        given = {"png": png(pixels), "keep": kept.flatten().tolist()}
         made = pictures(draw(port, model=student(), classes=[0, 1, 2], **given)[-1], 3)
         for image in made:
-            assert np.array_equal(image[rows, :, 0], pixels[rows, :, 0])
+            assert np.array_equal(image[rows, :, :3], pixels[rows])
         assert (made[0] != made[1]).any() == (not kept.all())
 
 
 def test_bad_requests(port: int):
-    pixels = base64.b64encode(bytes(8 * 8 * 4)).decode()
+    picture, keep = png(np.zeros((8, 8, 3), np.uint8)), [1] * 16
     for changes, message in (
         ({"model": "other"}, f"unknown model 'other': this page has {teacher()}"),
         ({"model": ["other"]}, "unhashable"),
@@ -130,10 +138,11 @@ def test_bad_requests(port: int):
         ({"ar_steps": 1000}, "AR steps must be in"),
         ({"order": "spiral"}, "unknown order 'spiral'"),
         ({"batch_size": 1}, "a request has classes, model, seed"),
-        ({"pixels": pixels}, "pixels and keep go together"),
-        ({"pixels": pixels[:8], "keep": [1] * 16}, "cannot reshape"),
-        ({"pixels": pixels, "keep": [1]}, "cannot reshape"),
-        ({"pixels": pixels, "keep": [0.5] * 16}, "keep must be True or False"),
+        ({"png": picture}, "png and keep go together"),
+        ({"png": picture[:40], "keep": keep}, "the picture cannot be read as an image"),
+        ({"png": png(np.zeros((9, 9, 3), np.uint8)), "keep": keep}, "images must be uint8 NHWC (1, 8, 8, 1)"),
+        ({"png": picture, "keep": [1]}, "cannot reshape"),
+        ({"png": picture, "keep": [0.5] * 16}, "keep must be True or False"),
     ):
         request = {"model": student(), "classes": [1], "seed": 0, **changes}
         status, data = call(port, "POST", "/draw", json.dumps(request))
@@ -143,15 +152,31 @@ def test_bad_requests(port: int):
         status, data = call(port, "POST", path, body)
         assert status == 400
         assert json.loads(data)["error"]
+    status, data = call(port, "POST", "/draw", "{}", **{"Content-Length": "-1"})
+    assert status == 400
+
+
+def test_other_sites_cannot_ask(port: int):
+    request = json.dumps({"model": student(), "classes": [1], "seed": 0})
+    for headers, expected in (
+        ({}, 200),
+        ({"Origin": f"http://127.0.0.1:{port}"}, 200),
+        ({"Host": f"localhost:{port}", "Origin": f"http://localhost:{port}"}, 200),
+        ({"Origin": "http://evil.example"}, 400),
+        ({"Origin": "null"}, 400),
+        ({"Host": "evil.example", "Origin": "http://evil.example"}, 400),
+    ):
+        assert call(port, "POST", "/draw", request, **headers)[0] == expected, headers
+    assert call(port, "GET", "/models", Host="evil.example")[0] == 403
 
 
 def test_a_browser_that_leaves_stops_the_drawing(port: int, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(demo, "PAUSE", -1.0)
-    png, sent = demo._png, []
-    monkeypatch.setattr(demo, "_png", lambda *args: sent.append(args) or png(*args))
+    strip, sent = demo._png, []
+    monkeypatch.setattr(demo, "_png", lambda *args: sent.append(args) or strip(*args))
     body = json.dumps({"model": teacher(), "classes": [1], "seed": 0, "head_steps": 300, "ar_steps": 16})
     with socket.create_connection(("127.0.0.1", port), timeout=60) as browser:
-        browser.sendall(f"POST /draw HTTP/1.0\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode())
+        browser.sendall(f"POST /draw HTTP/1.0\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode())
         assert browser.recv(100).startswith(b"HTTP/1.0 200")
     assert "seconds" in draw(port, model=student(), classes=[1], ar_steps=1)[-1]
     assert len(sent) < 16

@@ -245,7 +245,7 @@ def demo_verb(args: list[str]) -> None:
 
         Args:
             models: Folders of teachers and students, or models that come with marval, which are all if none is named.
-            host: Address to listen on; 0.0.0.0 for other machines too.
+            host: Address to listen on; 0.0.0.0 for other machines too: whoever reaches it can draw.
             port: Of the page; 0 for any that is free.
             device: cpu, cuda, or auto.
         """

@@ -7,11 +7,13 @@ import base64
 import io
 import json
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 import torch
@@ -20,12 +22,16 @@ from torch import Tensor
 
 from marval.devices import device_named
 from marval.floor import synchronise
+from marval.images import decode_image
 from marval.pipeline import Pipeline
+from marval.tokenizers import NO_IMAGES
 from marval.update import is_bf16
 
 PAGE = Path(__file__).parent / "assets" / "demo.html"
 MOST_IMAGES = 64
 MOST_BYTES = 1 << 24
+PATIENCE = 60
+"""Seconds to wait for a browser that neither reads nor leaves."""
 PAUSE = 0.05
 """Seconds of drawing between two looks at it."""
 SETTINGS = {"ar_steps", "head_steps", "guidance", "order"}
@@ -47,18 +53,20 @@ class Demo:
         place = device_named(device)
         dtype = "bf16" if is_bf16("auto", place) else "float32"
         self.models = {name: Pipeline.load(name, place, dtype=dtype).accelerate() for name in names}
+        for name, model in self.models.items():
+            if not model.tokenizer.has_images:
+                raise ValueError(f"{name}: {NO_IMAGES}")
         self.ends = False
         self.worker = ThreadPoolExecutor(1, "marval-demo")  # OpenMP starts anew in every thread
-        for model in self.models.values():  # the first image packs weights
-            self.worker.submit(model.sample, ar_steps=1, head_steps=None if model.student else 1).result()
+        self.warm: set[str] = set()
 
     def describe(self) -> list[dict[str, Any]]:
         """What the page knows of each model."""
         return [
             {
                 "name": name, "classes": model.class_names, "grid": model.network.config.grid,
-                "size": model.tokenizer.image_size, "channels": model.tokenizer.image_channels,
-                "teacher": model.student is None, "ar_steps": model.sampling.ar_steps, "order": model.sampling.order,
+                "size": model.tokenizer.image_size, "teacher": model.student is None,
+                "ar_steps": model.sampling.ar_steps, "order": model.sampling.order,
                 "head_steps": model.sampling.head_steps, "guidance": model.sampling.guidance,
                 "guidance_range": (0, 10) if model.student is None else model.student.guidance_range,
             }
@@ -69,32 +77,31 @@ class Demo:
         """Draw, and send the images after AR steps, but not too often, then all of them with the time that one took.
 
         Args:
-            request: ``model``, ``classes`` (indices, None for no class) and ``seed``; any of `SETTINGS`; to complete
-                a picture its ``pixels`` (base64 of uint8 HW4, of which the first C channels count) and ``keep``,
-                True or False for each token.
-            send: called with ``step`` (AR steps done) or ``seconds`` (of an image; what is sent does not count), and
-                ``png``: base64 of the images below each other, tokens that are not drawn yet transparent.
+            request: ``model``, ``classes`` (indices, None for no class) and ``seed``; any of `SETTINGS`, else they are
+                the model's; to complete a picture its ``png`` (base64) and ``keep``, True or False for each token.
+            send: called with ``step`` (AR steps done), or ``seconds`` (of an image; what is sent does not count) and
+                the ``settings``; and ``png``: base64 of the images below each other, tokens that are not drawn yet
+                transparent.
 
         Raises:
             ValueError: the request cannot be served; before anything is sent.
         """
         needs = {"model", "classes", "seed"}
-        both = {"pixels", "keep"}
+        both = {"png", "keep"}
         if not isinstance(request, dict) or not needs <= set(request) <= needs | SETTINGS | both:
             raise ValueError(f"a request has {', '.join(sorted(needs))}, and may have {', '.join(sorted(SETTINGS))}")
         if 0 < len(both & set(request)) < 2:
-            raise ValueError("pixels and keep go together")
+            raise ValueError("png and keep go together")
         model, classes = self.models.get(request["model"]), request["classes"]
         if model is None:
             raise ValueError(f"unknown model {request['model']!r}: this page has {', '.join(self.models)}")
         if not isinstance(classes, list) or not 1 <= len(classes) <= MOST_IMAGES:
             raise ValueError(f"classes must be a list of 1 to {MOST_IMAGES}")
-        settings = {name: value for name, value in request.items() if name in SETTINGS}
-        grid, images, keep = model.network.config.grid, None, None
-        if "pixels" in request:
-            side, channels = model.tokenizer.image_size, model.tokenizer.image_channels
-            pixels = np.frombuffer(base64.b64decode(request["pixels"]), np.uint8).reshape(side, side, 4)
-            images = np.stack([pixels[..., :channels]] * len(classes))
+        settings: dict[str, Any] = {name: value for name, value in request.items() if name in SETTINGS}
+        config, grid, images, keep = model.settings(**settings), model.network.config.grid, None, None
+        if "png" in request:
+            picture = decode_image(base64.b64decode(request["png"]), "the picture").convert("RGB")
+            images = np.stack([np.asarray(picture)[..., : model.tokenizer.image_channels]] * len(classes))
             keep = np.array(request["keep"]).reshape(grid, grid)
         seconds, steps, mark = 0.0, 0, 0.0
 
@@ -118,6 +125,10 @@ class Demo:
 
         def work() -> np.ndarray:
             nonlocal mark
+            if request["model"] not in self.warm:  # the first images pack weights: not on the clock
+                self.warm.add(request["model"])
+                chain = {} if model.student else {"head_steps": 1}
+                model.sample(classes, batch_size=len(classes), **settings | chain)
             mark = time.perf_counter()
             drawn = model.sample(
                 classes, seed=request["seed"], batch_size=len(classes), images=images, keep=keep, each_ar_step=show,
@@ -128,7 +139,8 @@ class Demo:
 
         drawn = self.worker.submit(work).result()
         everywhere = np.ones((len(classes), grid * grid), bool)
-        send({"seconds": seconds / len(classes), "png": _png(drawn, everywhere)})
+        used = {name: getattr(config, name) for name in ("ar_steps", "guidance", "guidance_schedule")}
+        send({"seconds": seconds / len(classes), "settings": used, "png": _png(drawn, everywhere)})
 
 
 def _png(images: np.ndarray, drawn: np.ndarray) -> str:
@@ -143,73 +155,99 @@ def _png(images: np.ndarray, drawn: np.ndarray) -> str:
     return base64.b64encode(file.getvalue()).decode()
 
 
-def server(demo: Demo, host: str, port: int) -> ThreadingHTTPServer:
+class Page(ThreadingHTTPServer):
     """The page at ``/``, `Demo.describe` at ``/models``; ``/draw`` answers a request (POST, JSON) with lines of JSON.
 
     Raises:
         ValueError: host and port cannot be had.
     """
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            if self.path == "/":
-                self.answer(200, "text/html; charset=utf-8", PAGE.read_bytes())
-            elif self.path == "/models":
-                self.answer_json(200, demo.describe())
-            else:
-                self.answer_json(404, {"error": f"there is no {self.path}"})
+    demo: Demo
 
-        def do_POST(self) -> None:
-            begun = False
+    def __init__(self, host: str, port: int):
+        try:
+            super().__init__((host, port), Handler)
+        except (OSError, OverflowError) as error:
+            raise ValueError(f"no page at {host}, port {port} ({error}): choose another --port or --host") from None
 
-            def send(line: dict[str, Any]) -> None:
-                nonlocal begun
-                if not begun:
-                    self.answer(200, "application/x-ndjson", None)
-                    begun = True
-                self.wfile.write(json.dumps(line).encode() + b"\n")
-                self.wfile.flush()
 
+class Handler(BaseHTTPRequestHandler):
+    """One request."""
+
+    server: Page  # pyright: ignore[reportIncompatibleVariableOverride]
+    timeout = PATIENCE
+
+    def do_GET(self) -> None:
+        path = self.path.partition("?")[0]
+        if self.is_foreign():
+            self.answer_json(403, {"error": "this page is for browsers that opened it"})
+        elif path == "/":
+            self.answer(200, "text/html; charset=utf-8", PAGE.read_bytes())
+        elif path == "/models":
+            self.answer_json(200, self.server.demo.describe())
+        else:
+            self.answer_json(404, {"error": f"there is no {path}"})
+
+    def do_POST(self) -> None:
+        begun = False
+
+        def send(line: dict[str, Any]) -> None:
+            nonlocal begun
+            if not begun:
+                self.answer(200, "application/x-ndjson", b"")
+                begun = True
+            self.wfile.write(json.dumps(line).encode() + b"\n")
+            self.wfile.flush()
+
+        try:
             try:
                 length = int(self.headers.get("Content-Length", 0))
-                if self.path != "/draw" or length > MOST_BYTES:
-                    raise ValueError(f"{self.path} takes no {length} bytes")
-                demo.draw(json.loads(self.rfile.read(length)), send)
-            except ConnectionError:
-                pass  # the browser has left, or asks for something else now
-            except (ValueError, TypeError, FloatingPointError) as error:
+                if self.is_foreign() or self.path != "/draw" or not 0 <= length <= MOST_BYTES:
+                    raise ValueError(f"{self.path} does not take this")
+                self.server.demo.draw(json.loads(self.rfile.read(length)), send)
+            except OSError:
+                raise
+            except Exception as error:
+                if not isinstance(error, ValueError | TypeError | FloatingPointError):  # out of memory, or our mistake
+                    traceback.print_exc()
                 if begun:
                     send({"error": str(error)})
                 else:
                     self.answer_json(400, {"error": str(error)})
+        except OSError:
+            pass  # the browser has left, or asks for something else now
 
-        def answer_json(self, status: int, value: Any) -> None:
-            self.answer(status, "application/json", json.dumps(value).encode())
+    def is_foreign(self) -> bool:
+        """Whether another site's page asks, or a name that was made to point to this machine."""
+        host, origin = self.headers.get("Host", ""), self.headers.get("Origin")
+        local = ("localhost", "127.0.0.1", "::1")
+        if self.server.server_address[0] in local and urlsplit(f"//{host}").hostname not in local:
+            return True
+        return origin is not None and urlsplit(origin).netloc != host
 
-        def answer(self, status: int, kind: str, body: bytes | None) -> None:
-            """Head, and body if there is one; else it follows."""
-            self.send_response(status)
-            self.send_header("Content-Type", kind)
-            self.send_header("Cache-Control", "no-store")
-            self.end_headers()
-            self.wfile.write(body or b"")
+    def answer_json(self, status: int, value: Any) -> None:
+        self.answer(status, "application/json", json.dumps(value).encode())
 
-        def log_message(self, format: str, *args: Any) -> None:
-            """Nothing."""
+    def answer(self, status: int, kind: str, body: bytes) -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Cache-Control", "no-store")
+        self.end_headers()
+        self.wfile.write(body)
 
-    try:
-        return ThreadingHTTPServer((host, port), Handler)
-    except (OSError, OverflowError) as error:
-        raise ValueError(f"no page at {host}, port {port} ({error}): choose another --port or --host") from None
+    def log_message(self, format: str, *args: Any) -> None:
+        """Nothing."""
 
 
 def serve(names: Sequence[str], host: str, port: int, device: str) -> None:
     """Run `marval demo` until it is interrupted."""
-    demo = Demo(names, device)
-    with server(demo, host, port) as page:
-        print(f"{len(names)} models at http://{host}:{page.server_port} (Ctrl-C ends)", flush=True)
+    names = list(dict.fromkeys(names))
+    with Page(host, port) as page:
+        print(f"loading {', '.join(names)}", flush=True)
+        page.demo = Demo(names, device)
+        print(f"open http://{host}:{page.server_port} (Ctrl-C ends)", flush=True)
         try:
             page.serve_forever()
         except KeyboardInterrupt:
-            demo.ends = True
+            page.demo.ends = True
             print()
