@@ -127,8 +127,8 @@ class Demo:
             nonlocal mark
             if request["model"] not in self.warm:  # the first images pack weights: not on the clock
                 self.warm.add(request["model"])
-                chain = {} if model.student else {"head_steps": 1}
-                model.sample(classes, batch_size=len(classes), **settings | chain)
+                once: dict[str, Any] = settings | ({} if model.student else {"head_steps": 1})
+                model.sample(classes, batch_size=len(classes), **once)
             mark = time.perf_counter()
             drawn = model.sample(
                 classes, seed=request["seed"], batch_size=len(classes), images=images, keep=keep, each_ar_step=show,
