@@ -50,7 +50,7 @@ class WandB:
     the machine. A run that is resumed goes on under the same id, which lies in ``out/wandb/id``."""
 
     def __init__(self, out: Path, settings: dict[str, Any], start: int):
-        import wandb
+        import wandb  # pyright: ignore[reportMissingImports]  # not among what tests need
 
         file = out / "wandb" / "id"
         file.parent.mkdir(exist_ok=True)  # else wandb takes another folder
@@ -69,7 +69,7 @@ class WandB:
         self.run.log(values, step)
 
     def picture(self, step: int, file: Path) -> None:
-        import wandb
+        import wandb  # pyright: ignore[reportMissingImports]  # not among what tests need
 
         self.run.log({"samples": wandb.Image(str(file))}, step)
 
