@@ -64,14 +64,13 @@ class WandB:
             remedy = "log in with `wandb login`, or set WANDB_MODE=offline"
             raise ValueError(f"wandb does not start ({error}): {remedy}") from None
         file.write_text(self.run.id)
+        self.image = wandb.Image
 
     def log(self, step: int, values: dict[str, float]) -> None:
         self.run.log(values, step)
 
     def picture(self, step: int, file: Path) -> None:
-        import wandb  # pyright: ignore[reportMissingImports]  # not among what tests need
-
-        self.run.log({"samples": wandb.Image(str(file))}, step)
+        self.run.log({"samples": self.image(str(file))}, step)
 
 
 TRACKERS = {"tensorboard": TensorBoard, "wandb": WandB}
