@@ -48,7 +48,7 @@ from marval.pipeline import Pipeline
 from marval.rng import ImageNoise
 from marval.run import versions
 from marval.sampling import few_evaluations, last, unmask
-from marval.train import adamw, draw_masks, teacher_loss
+from marval.train import adamw, teacher_loss
 from marval.update import Update, autocast
 
 GUIDANCE = 2.9
@@ -423,7 +423,7 @@ def train_step(suite: Suite, verb: str, size: str, batch: int) -> Callable[[], N
     num_masked = masking.training_masked_count(length, 0.5)
 
     def step() -> None:
-        visible, masked = draw_masks(batch, length, num_masked, g)
+        visible, masked = masking.random_masks(batch, length, num_masked, g)
         shape = (batch, num_masked, config.head_batch_mul)
         t = torch.randint(0, len(schedule), shape, generator=g, device=suite.device)
         eps = torch.randn(*shape, model.token_dim, generator=g, device=suite.device)
@@ -455,7 +455,7 @@ def match(
 ) -> Iterator[None]:  # fmt: skip
     """Contexts; then without end the auxiliary's update and the student's gradient."""
     batch, device = len(tokens), tokens.device
-    visible, masked = draw_masks(batch, tokens.shape[1], num_masked, g)
+    visible, masked = masking.random_masks(batch, tokens.shape[1], num_masked, g)
     w = matching.draw_guidance(batch, g)
     with torch.no_grad(), autocast(config.precision, device):
         context = matching.context(tokens, visible, masked, labels, w)

@@ -54,7 +54,7 @@ def rollout_update(
                 clamp = model.tokenizer.token_range
                 draw = sampling.diffusion_chain(network.head, schedule, noise, "ddim", clamp=clamp)
             else:
-                draw = model.draw(model.sampling)
+                draw = model.token_sampler(model.sampling)
             tokens = sampling.last(sampling.unmask(
                 network, draw, labels, orders, counts, z, guidance=model.sampling.guidance,
                 needs_null=model.student is None, checkpoint_ar_steps=recompute,

@@ -327,7 +327,7 @@ class Bench:
 
         config, own = self.config(seed=10**6), self.reward()
         watch = Monitor.make(config, self.student, own, World(0, 1, torch.device("cpu")))
-        look = seconds(lambda: watch.look(self.student)) / config.eval_images
+        look = seconds(lambda: watch.measure(self.student)) / config.eval_images
         update = max(0.0, (seconds(lambda: few(5)) - seconds(lambda: few(1))) / 4)
         minutes = (update * sum(job.updates for job in jobs) + look * sum(job.images for job in jobs)) / 60
         print(
@@ -362,7 +362,7 @@ class Bench:
     def measure(self, model: Any, config: RLConfig) -> dict[str, Any]:
         """What is `SHOWN` of a model, on images that no run has looked at."""
         watch = Monitor.make(config, self.student, self.reward(config.reward), World(0, 1, torch.device("cpu")))
-        values = watch.look(model, config.range_seeds + 1)
+        values = watch.measure(model, config.range_seeds + 1)
         return shown({name.removesuffix("_heldout"): value for name, value in values.items()})
 
     def of_student(self, config: RLConfig) -> dict[str, Any]:
@@ -491,9 +491,9 @@ class Bench:
         reward = self.reward(config.reward)
 
         class Glimpsing(Monitor):
-            def look(self, model: Pipeline, seed: int = 0) -> dict[str, float]:
+            def measure(self, model: Pipeline, seed: int = 0) -> dict[str, float]:
                 seen.append(bench.glimpse(model, config, reward))
-                return super().look(model, seed)
+                return super().measure(model, seed)
 
         bench = self
         return Glimpsing
@@ -511,7 +511,7 @@ class Bench:
             torch.randn(count, length, network.config.token_dim, generator=g),
         )
         with autocast(config.precision, model.device):
-            draw, w = model.draw(model.sampling), model.sampling.guidance
+            draw, w = model.token_sampler(model.sampling), model.sampling.guidance
             states = list(sampling.unmask(network, draw, labels, orders, counts, z, guidance=w))
             singles = [
                 sampling.last(sampling.unmask(network, draw, labels, orders, [hidden, 0], z, guidance=w, tokens=known))

@@ -47,7 +47,7 @@ def seconds_of(model: Pipeline, counts: list[int], batch: int, head_steps: int, 
     sizes, noise = model.network.config, ImageNoise(0, list(range(batch)), model.device)
     z = noise.randn(sizes.num_tokens, sizes.token_dim)
     orders, labels = noise.permutation(sizes.num_tokens), torch.arange(batch, device=model.device) % sizes.num_classes
-    draw = model.draw(model.settings(ar_steps=1, head_steps=None if model.student else head_steps), noise)
+    draw = model.token_sampler(model.settings(ar_steps=1, head_steps=None if model.student else head_steps), noise)
     steps = unmask(
         model.network, draw, labels, orders, counts, z, guidance=GUIDANCE, needs_null=model.student is None,
         tokens=torch.ones_like(z), call=model.call,

@@ -28,7 +28,6 @@ from marval.evaluate import weights_digest
 from marval.metrics import energy_distance
 from marval.pipeline import Pipeline
 from marval.rng import ImageNoise
-from marval.train import draw_masks
 
 CONTEXTS, DRAWS = 64, 64
 """Test images, each with one set of visible tokens; draws of a token in each."""
@@ -50,7 +49,7 @@ def draws(
     z = noise.randn(1, tokens.shape[2])
     guided = model.student is None and config.guidance != 1
     null = condition(torch.full_like(labels, model.network.config.num_classes)) if guided else None
-    return model.draw(config, noise)(condition(labels), null, z, config.guidance).view(len(tokens), count, -1)
+    return model.token_sampler(config, noise)(condition(labels), null, z, config.guidance).view(len(tokens), count, -1)
 
 
 @torch.inference_mode()
@@ -69,7 +68,7 @@ def measure(folder: Path, data: str, scales: Sequence[float], quick: bool) -> di
     counts = masking.masked_counts(length, k)
     rows = []
     for ar_step in sorted({0, k // 2, k - 1}):
-        visible, masked = draw_masks(contexts, length, counts[ar_step], g)
+        visible, masked = masking.random_masks(contexts, length, counts[ar_step], g)
         for w in scales:
             context = tokens, visible, masked[:, :1], labels
             constant = {"guidance": w, "guidance_schedule": "constant"}

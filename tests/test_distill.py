@@ -186,7 +186,7 @@ def test_updates_on_the_same_contexts(trained: str, tmp_path: Path, monkeypatch:
     def checked(matching: ScoreMatching, context: Context, *noise: torch.Tensor) -> object:
         """The student's conditions are those of its backbone now."""
         with torch.no_grad():
-            assert torch.equal(context.student, context.condition(matching.student))
+            assert torch.equal(context.student_condition, context.condition(matching.student))
         met.append(context)
         return loss(matching, context, *noise)
 

@@ -31,7 +31,7 @@ from marval.models.cpu import OneDNNLinear, use_onednn
 from marval.models.mar import MAR, gather_tokens
 from marval.pipeline import Pipeline
 from marval.rng import ImageNoise, generator
-from marval.sampling import Draw
+from marval.sampling import TokenSampler
 from marval.tokenizers import PixelTokenizer
 from marval.train import train
 from marval.update import Update, caller
@@ -256,7 +256,7 @@ def test_attention_in_bf16_on_the_cpu():
 def held_by(function: Any) -> list[Any]:
     """What a function holds, and the functions that it holds."""
     held = [cell.cell_contents for cell in function.__closure__ or ()] + list(function.__defaults__ or ())
-    inner = [x.evaluate if isinstance(x, Draw) else x for x in held]
+    inner = [x.evaluate if isinstance(x, TokenSampler) else x for x in held]
     return held + [x for one in inner if isinstance(one, FunctionType) for x in held_by(one)]
 
 

@@ -13,12 +13,12 @@ from torch.testing import assert_close
 from marval.checkpoint import save_tensors
 from marval.config import GSIMConfig, StudentConfig
 from marval.diffusion import cosine_schedule
+from marval.masking import random_masks
 from marval.matching import Context, Noise, ScoreMatching, copy_auxiliary, copy_network, draw_noise, load_scores
 from marval.models.mar import MAR
 from marval.pipeline import Pipeline
 from marval.rng import generator
 from marval.sampling import few_evaluations
-from marval.train import draw_masks
 
 
 def made(trained: str, kind: str = "head", evaluations: int = 1) -> tuple[ScoreMatching, Context, Noise]:
@@ -34,7 +34,7 @@ def made(trained: str, kind: str = "head", evaluations: int = 1) -> tuple[ScoreM
         teacher, student, auxiliary, StudentConfig(evaluations=evaluations), GSIMConfig(), cosine_schedule()
     )
     length, dim = student.config.num_tokens, student.config.token_dim
-    visible, masked = draw_masks(4, length, length // 2, g)
+    visible, masked = random_masks(4, length, length // 2, g)
     tokens = torch.randn(4, length, dim, generator=g).clamp(-1, 1)
     context = scores.context(tokens, visible, masked, torch.arange(4), torch.full((4, 1), 1.5))
     return scores, context, draw_noise(4, length // 2, dim, (20, 900), g, evaluations)
@@ -67,22 +67,25 @@ def test_each_loss_moves_its_own_network(trained: str, kind: str, monkeypatch: p
 def test_several_evaluations():
     """Each token is that of its own evaluation, as the sampler draws it; only this one carries gradients."""
     scores, context, noise = made("head", evaluations=4)
-    assert set(noise.level.flatten().tolist()) == {0, 1, 2, 3}
-    found = scores.generate(context, noise, context.student.requires_grad_())
+    assert set(noise.evaluation.flatten().tolist()) == {0, 1, 2, 3}
+    found = scores.generate(context, noise, context.student_condition.requires_grad_())
     for level in range(4):
         times = StudentConfig(evaluations=4).timesteps(4)[: level + 1]
         later = SimpleNamespace(randn=lambda *_: noise.z[:, :, 1 : level + 1].transpose(1, 2))  # noqa: B023
         draw = few_evaluations(scores.student.head, scores.schedule, times, later)
-        drawn = draw(context.student, None, noise.z[:, :, 0], context.w)
-        here = noise.level == level
+        drawn = draw(context.student_condition, None, noise.z[:, :, 0], context.w)
+        here = noise.evaluation == level
         assert_close(found[here], drawn[here], rtol=1e-4, atol=1e-4)
-    drawn_once = scores.generate(context, noise._replace(level=torch.zeros_like(noise.level)), context.student)
+    once = noise._replace(evaluation=torch.zeros_like(noise.evaluation))
+    drawn_once = scores.generate(context, once, context.student_condition)
     assert not torch.allclose(found, drawn_once, atol=1e-2)
 
-    (through_all,) = torch.autograd.grad(drawn[noise.level == 3].sum(), context.student, retain_graph=True)
-    (through_last,) = torch.autograd.grad(found[noise.level == 3].sum(), context.student)
-    assert through_last[noise.level == 3].any()
-    assert not through_last[noise.level != 3].any()
+    (through_all,) = torch.autograd.grad(
+        drawn[noise.evaluation == 3].sum(), context.student_condition, retain_graph=True
+    )
+    (through_last,) = torch.autograd.grad(found[noise.evaluation == 3].sum(), context.student_condition)
+    assert through_last[noise.evaluation == 3].any()
+    assert not through_last[noise.evaluation != 3].any()
     assert not torch.allclose(through_all, through_last, atol=1e-3)
 
 
@@ -90,11 +93,11 @@ def test_several_evaluations():
 def test_the_auxiliary_knows_the_evaluation(kind: str, tmp_path: Path):
     """And what RL goes on with, whose student has one, is the auxiliary of the first."""
     scores, context, noise = made("all", kind, evaluations=4)
-    x_t, condition = torch.randn(noise.eps.shape, generator=generator(1)), context.student
+    x_t, condition = torch.randn(noise.eps.shape, generator=generator(1)), context.student_condition
     found = scores.eps_auxiliary(context, x_t, noise, condition)
-    first = noise._replace(level=torch.zeros_like(noise.level))
+    first = noise._replace(evaluation=torch.zeros_like(noise.evaluation))
     differs = (found != scores.eps_auxiliary(context, x_t, first, condition)).any(-1)
-    assert torch.equal(differs, noise.level > 0)
+    assert torch.equal(differs, noise.evaluation > 0)
     save_tensors(tmp_path / "scores.safetensors", scores.scores())
     kept = load_scores(tmp_path, scores.student, True)[1]
     assert_close(kept(x_t, noise.t, condition, context.w).chunk(2, -1)[0],
@@ -104,16 +107,16 @@ def test_the_auxiliary_knows_the_evaluation(kind: str, tmp_path: Path):
 def test_the_auxiliary_sees_the_students_conditions():
     """Or its own, where it is a network."""
     scores, context, _ = made("all")
-    assert scores.auxiliary_condition(context) is context.student
-    assert_close(context.student, context.condition(scores.student))
-    assert not torch.allclose(context.student, context.teacher, atol=1e-2)
-    assert not context.student.requires_grad
+    assert scores.auxiliary_condition(context) is context.student_condition
+    assert_close(context.student_condition, context.condition(scores.student))
+    assert not torch.allclose(context.student_condition, context.teacher_condition, atol=1e-2)
+    assert not context.student_condition.requires_grad
     shared = made("head")[1]
     assert shared.student is shared.teacher
     scores, context, _ = made("all", "network")
     assert isinstance(scores.auxiliary, MAR)
     assert_close(scores.auxiliary_condition(context), context.condition(scores.auxiliary))
-    assert not torch.allclose(scores.auxiliary_condition(context), context.student, atol=1e-2)
+    assert not torch.allclose(scores.auxiliary_condition(context), context.student_condition, atol=1e-2)
 
 
 @KINDS

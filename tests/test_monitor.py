@@ -64,15 +64,15 @@ def test_what_is_watched(tmp_path: Path):
     watching, student = monitor(
         judge=folder, classifier=folder, held_out=f"{tmp_path / 'more.py'}:darkness, reads-class", reference="digits"
     )
-    values = watching.look(student)
+    values = watching.measure(student)
     names = STATISTICS | {"reward", "darkness", "reads-class", "judge", "accuracy", "fid", "kid", "precision", "recall"}
     assert values.keys() == {f"{name}_heldout" for name in names}
-    assert values == watching.look(student)
+    assert values == watching.measure(student)
     assert values["darkness_heldout"] == pytest.approx(1 - values["reward_heldout"])
     assert values["reward_heldout"] == pytest.approx(values["brightness_heldout"], abs=1e-6)
     assert values["accuracy_heldout"] == pytest.approx(values["reads-class_heldout"])
-    assert values["fid_heldout"] != watching.look(student, 1)["fid_heldout"]
-    assert watching.score(values) == values["judge_heldout"]
+    assert values["fid_heldout"] != watching.measure(student, 1)["fid_heldout"]
+    assert watching.criterion(values) == values["judge_heldout"]
     for select, expected in (("fid", -values["fid_heldout"]), ("held-out", values["darkness_heldout"])):
         config = dataclasses.replace(watching.config, select=select)
         assert dataclasses.replace(watching, config=config).score(values) == expected
@@ -81,17 +81,17 @@ def test_what_is_watched(tmp_path: Path):
 def test_alarms():
     """The student itself raises none on other seeds; a black one does; and a better number is never one."""
     watching, student = monitor(judge=str(tiny.classifier()))
-    first = watching.look(student)
-    assert first["fid_heldout"] < 0.1 * watching.look(plain(40.0))["fid_heldout"]  # against the student's own images
+    first = watching.measure(student)
+    assert first["fid_heldout"] < 0.1 * watching.measure(plain(40.0))["fid_heldout"]  # against the student's own images
     ranges = watching.ranges(student, first)
     for name, (centre, spread) in ranges.items():
         assert spread >= 0.02 * abs(centre)
         assert first[name] == centre  # later looks share its noise
-    assert watching.alarms(watching.look(student, 1), ranges) == {}
+    assert watching.alarms(watching.measure(student, 1), ranges) == {}
     accuracy = watching.rows(student, 1)["accuracy"]
     assert ranges["accuracy_heldout"][1] >= float(accuracy.std()) / 60**0.5
     assert watching.alarms(first, ranges) == {}
-    black = watching.look(plain(40.0))
+    black = watching.measure(plain(40.0))
     assert black["brightness_heldout"] < 0.01
     alarms = watching.alarms(black, ranges)
     expected = {"reward", "brightness", "contrast", "clipped", "edge_density", "entropy", "fid", "kid", "recall"}
@@ -122,11 +122,11 @@ def test_alarms():
 
 def test_without_a_network_there_are_no_distances():
     watching, student = monitor()
-    assert watching.look(student).keys() == {f"{name}_heldout" for name in STATISTICS | {"reward"}}
-    assert watching.score({"reward_heldout": 3.0}) == 3.0
+    assert watching.measure(student).keys() == {f"{name}_heldout" for name in STATISTICS | {"reward"}}
+    assert watching.criterion({"reward_heldout": 3.0}) == 3.0
     assert not watching.independent
-    ranges = watching.ranges(student, watching.look(student))
-    alarms = watching.alarms(watching.look(plain(-40.0)), ranges)
+    ranges = watching.ranges(student, watching.measure(student))
+    alarms = watching.alarms(watching.measure(plain(-40.0)), ranges)
     assert alarms.keys() == {f"{name}_heldout" for name in STATISTICS - {"saturation"}}, "of grey images"
     assert watching.collapsed(alarms, {}, ranges), "there is nothing else to tell"
     few = dataclasses.replace(watching, config=dataclasses.replace(watching.config, collapse=4))
@@ -183,7 +183,7 @@ def test_a_constant_reward_that_picks_the_best_is_told_of(
     held_out = f"{tmp_path / 'same.py'}:same"
     for select, told in (("auto", True), ("reward", False)):
         watching, student = monitor(held_out=held_out, select=select)
-        first = watching.look(student)
+        first = watching.measure(student)
         ranges = watching.ranges(student, first)
         warning = f"marval: warning: same is {value} for all 180 images of the starting student, and the model with"
         assert (warning in capsys.readouterr().err) == told
@@ -205,7 +205,7 @@ def test_a_judge_of_other_classes(tmp_path: Path):
     numbers = []
     for judge in (tiny.classifier(), tmp_path / "reversed"):
         watching, student = monitor(judge=str(judge))
-        numbers.append(watching.look(student))
+        numbers.append(watching.measure(student))
     for name in ("judge_heldout", "accuracy_heldout"):
         assert numbers[1][name] == pytest.approx(numbers[0][name], rel=1e-4)
     classifier.class_names[3] = "six"

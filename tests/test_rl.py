@@ -20,12 +20,13 @@ from marval.distill import distill
 from marval.distributed import connect
 from marval.masking import masked_counts
 from marval.matching import Context, Noise, ScoreMatching
+from marval.models.mar import gather_tokens
 from marval.monitor import image_statistics
 from marval.pipeline import Pipeline
 from marval.policy import gaussian_log_prob
 from marval.rewards import RewardError, UserReward
 from marval.rl import rl
-from marval.sampling import gather_tokens, last, unmask
+from marval.sampling import last, unmask
 from marval.update import Update, autocast
 
 CODE = """
@@ -166,7 +167,7 @@ def test_tokens_of_steps_without_gradient_are_constant():
     network, g = student.network.requires_grad_(True), torch.Generator().manual_seed(0)
     z, orders = torch.randn(2, 16, 4, generator=g), torch.randperm(16, generator=g).repeat(2, 1)
     counts = masked_counts(16, 4)
-    draw = student.draw(student.sampling)
+    draw = student.token_sampler(student.sampling)
     for recompute in (False, True):
         tokens = last(
             unmask(network, draw, torch.tensor([1, 2]), orders, counts, z, guidance=1.5, grad_ar_steps={0, 2},
@@ -286,7 +287,7 @@ def test_inner_updates_anchor_the_student_as_it_is(file: Path, tmp_path: Path, m
     seen, loss = [], ScoreMatching.student_loss
 
     def student_loss(self: ScoreMatching, context: Context, noise: Noise) -> tuple[torch.Tensor, dict]:
-        seen.append(torch.equal(context.student, context.condition(self.student)))
+        seen.append(torch.equal(context.student_condition, context.condition(self.student)))
         return loss(self, context, noise)
 
     monkeypatch.setattr(ScoreMatching, "student_loss", student_loss)
@@ -306,7 +307,7 @@ def test_kl_is_logged_per_token_with_gradient():
     g = torch.Generator().manual_seed(0)
     z, exploration = torch.randn(2, 4, 16, 4, generator=g)
     orders, w = torch.rand(4, 16, generator=g).argsort(1), torch.full((4, 1), 1.5)
-    rollout = algorithm.draw(Batch(torch.arange(4), [""] * 4, orders, z, w, exploration, frozenset(range(4))))
+    rollout = algorithm.explore(Batch(torch.arange(4), [""] * 4, orders, z, w, exploration, frozenset(range(4))))
 
     def kl(*steps: int) -> float:
         batch = dataclasses.replace(rollout.batch, grad_steps=frozenset(steps))
@@ -605,7 +606,7 @@ def test_bf16_recomputes_the_log_probability_exactly():
     orders = torch.stack([torch.randperm(16, generator=g) for _ in range(2)]).repeat_interleave(2, dim=0)
     w, steps = torch.full((4, 1), 1.5), frozenset(range(4))
     batch = Batch(torch.tensor([1, 1, 2, 2]), [""] * 4, orders, z, w, exploration, steps)
-    rollout = algorithm.draw(batch)
+    rollout = algorithm.explore(batch)
     for k in range(4):
         with autocast(config.precision, z.device):
             target, condition = algorithm.condition(model.network, batch, rollout.actions, k)

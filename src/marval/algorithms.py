@@ -9,10 +9,10 @@ from torch import Tensor
 
 from marval import masking, policy
 from marval.config import RLConfig
-from marval.models.mar import MAR
+from marval.models.mar import MAR, gather_tokens
 from marval.pipeline import Pipeline
 from marval.rewards import Reward, score
-from marval.sampling import gather_tokens, last, student_tokens, unmask
+from marval.sampling import last, student_tokens, unmask
 from marval.update import Update, autocast
 
 
@@ -121,7 +121,7 @@ class RewardGradient(Algorithm):
         """Roll out whole images; the loss keeps the graph."""
         plain = dataclasses.replace(self.model.sampling, temperature=1.0)  # it is in z
         steps = unmask(
-            self.model.network, self.model.draw(plain), batch.labels, batch.orders, self.counts, batch.z,
+            self.model.network, self.model.token_sampler(plain), batch.labels, batch.orders, self.counts, batch.z,
             guidance=batch.w, grad_ar_steps=batch.grad_steps, checkpoint_ar_steps=self.config.checkpoint_ar_steps,
         )  # fmt: skip
         tokens = last(steps)
@@ -136,14 +136,14 @@ class RewardGradient(Algorithm):
         return update.backward(self.loss, batch, weight=weight, last=last and self.config.kl == 0)[1]
 
     def step_loss(self, rollout: Rollout, k: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """The divergence's; the tokens that step k sees are constant."""
+        """KL to the starting student in AR step k; the tokens that it sees are constant."""
         target, condition = self.condition(self.model.network, rollout.batch, rollout.actions, k)
         mean = self.mean(self.model.network, rollout.batch, target, condition)
         kl = self.kl(rollout, k, target, condition, mean) / rollout.tokens[..., 0].numel()
         return self.config.kl * kl, {"kl": kl.detach()}
 
     def backward(self, rollout: Rollout, update: Update, weight: float, last: bool) -> dict[str, Tensor]:
-        """The reward's gradient was added up in `rollout`; the divergence's is missing."""
+        """The reward's gradient was added up in `rollout`; the KL's is missing."""
         return self.steps(rollout, update, weight, last) if self.config.kl > 0 else {}
 
 
@@ -151,12 +151,12 @@ class GroupGradient(Algorithm):
     """Algorithm "group": clipped policy gradient with advantages normalised within groups of one class, order and z."""
 
     def rollout(self, batch: Batch, update: Update, weight: float, last: bool) -> Rollout:
-        """Only `draw`: the gradients come later, from `backward`."""
-        return self.draw(batch)
+        """Only `explore`: the gradients come later, from `backward`."""
+        return self.explore(batch)
 
     @torch.no_grad()
-    def draw(self, batch: Batch) -> Rollout:
-        """Draw the actions, and score the images that they make."""
+    def explore(self, batch: Batch) -> Rollout:
+        """Draw actions around the student's tokens, and score the images that they make."""
         actions, log_prob = torch.zeros_like(batch.z), batch.z.new_zeros(batch.z.shape[:2])
         for k in range(self.config.ar_steps):
             with autocast(self.config.precision, batch.z.device):
@@ -170,7 +170,7 @@ class GroupGradient(Algorithm):
         return Rollout(batch, images, tokens, score(self.reward, images, batch.prompts, batch.first), actions, log_prob)
 
     def step_loss(self, rollout: Rollout, k: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """The clipped surrogate's, and the divergence's."""
+        """PPO's clipped loss of AR step k, and the weighted KL."""
         assert rollout.log_prob is not None
         target, condition = self.condition(self.model.network, rollout.batch, rollout.actions, k)
         mean = self.mean(self.model.network, rollout.batch, target, condition)

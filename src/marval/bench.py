@@ -25,7 +25,7 @@ from marval.models.cached import CachedBackbone
 from marval.pipeline import Pipeline
 from marval.rng import ImageNoise
 from marval.run import versions
-from marval.sampling import Draw
+from marval.sampling import TokenSampler
 from marval.shipped import model_folder
 
 PARTS = ("encoder", "decoder", "head", "tokenizer", "rest")
@@ -140,18 +140,18 @@ def clocks(model: Pipeline) -> Iterator[dict[str, float]]:
 
         return timed
 
-    draw, network, images = model.draw, model.network, functools.partial(model.to_images, call=model.call)
-    encode, decode = network.encode, network.decode
+    network, images = model.network, functools.partial(model.to_images, call=model.call)
+    token_sampler, encode, decode = model.token_sampler, network.encode, network.decode
 
-    def draw_clocked(*args: Any, **kwargs: Any) -> Draw:
-        one = draw(*args, **kwargs)
+    def clocked_sampler(*args: Any, **kwargs: Any) -> TokenSampler:
+        one = token_sampler(*args, **kwargs)
         parts = {name: clocked("head", getattr(one, name)) for name in ("prepare", "evaluate")}
         return dataclasses.replace(one, **parts)
 
     cached = clocked("decoder", CachedBackbone.condition)
     own: list[dict[str, Any]] = [vars(model), vars(network)]
     before = [dict(names) for names in own]
-    own[0].update(draw=draw_clocked, call=plainly, to_images=clocked("tokenizer", images))
+    own[0].update(token_sampler=clocked_sampler, call=plainly, to_images=clocked("tokenizer", images))
     own[1].update(encode=clocked("encoder", encode), decode=clocked("decoder", decode))
     try:
         with patch.object(CachedBackbone, "condition", cached):

@@ -114,7 +114,7 @@ class Curve:
             return found
         return dataclasses.replace(found, features=found.features[subset(len(found.features), config)])
 
-    def look(self, model: Pipeline, step: int, run: Run) -> bool:
+    def measure(self, model: Pipeline, step: int, run: Run) -> bool:
         """Measure the averaged model after ``step`` updates, on all processes; whether it is the best so far.
 
         It then learns its number in its provenance, and is the caller's to save, in `folder`.

@@ -28,13 +28,13 @@ from marval.matching import (
 )
 from marval.models.autoencoders import autoencoder_digest
 from marval.models.head import DiffusionHead
-from marval.models.mar import MAR
+from marval.models.mar import MAR, gather_tokens
 from marval.pipeline import Pipeline
 from marval.run import Run
-from marval.sampling import few_evaluations, gather_tokens, last, unmask
+from marval.sampling import few_evaluations, last, unmask
 from marval.shipped import model_folder
 from marval.tokenizers import LatentTokenizer
-from marval.train import draw_masks, save_sample_grid
+from marval.train import save_sample_grid
 from marval.update import Update, add_weighted, autocast, caller, prepare, warmup_then_cosine
 
 DIVERGED = 3.0
@@ -225,7 +225,7 @@ def distill(
         rolls = chance < config.rollout
         ratios = "inference" if rolls and config.mask_ratios == "training" else config.mask_ratios
         num_masked = masking.masked_count(ratios, length, config.ar_steps, share)
-        visible, masked = draw_masks(config.batch, length, num_masked, g)
+        visible, masked = masking.random_masks(config.batch, length, num_masked, g)
         w = matching.draw_guidance(config.batch, g)
         rolls = rolls and num_masked < length
         z, orders = torch.empty(0), torch.empty(0)
@@ -288,7 +288,7 @@ def distill(
         student_norm = student_update.step(step, lr_factor)
         ema.update(student_part)
 
-        # ---- log, evaluate, save, look
+        # ---- log, evaluate, save, show
         done = step + 1
         if any(run.is_due(every, done) for every in dues):
             auxiliary_update.check()
@@ -309,16 +309,16 @@ def distill(
                 )
         if run.is_due(config.eval_every, done):
             current = averaged()
-            if curve.look(current, done, run):
+            if curve.measure(current, done, run):
                 keep(current, folder(out))  # at once: a run that dies leaves it
             del current  # a whole copy
         stop = bool(curve.best["stop"])
-        save, look = stop or run.is_due(config.save_every, done), run.is_due(config.sample_every, done)
-        if world.gathers and (save or look):
+        save, show = stop or run.is_due(config.save_every, done), run.is_due(config.sample_every, done)
+        if world.gathers and (save or show):
             current = averaged()
             if save:
                 keep(current, out)
-            if world.is_main and look:
+            if world.is_main and show:
                 save_sample_grid(run, current, done)
             del current  # a whole copy
         if save:

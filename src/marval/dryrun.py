@@ -390,12 +390,13 @@ def _matching_work(
 
     def work(num_masked: int) -> None:
         contexts = _contexts(matching, config, model, share, num_masked)
-        kinds = 2 + (contexts[0].student is not contexts[0].teacher)  # of conditions
-        others = _zeros(kept - share.parts, *contexts[0].teacher.shape, kinds)  # contexts of the parts not tried
+        kinds = 2 + (contexts[0].student_condition is not contexts[0].teacher_condition)  # of conditions
+        shape = contexts[0].teacher_condition.shape
+        others = _zeros(kept - share.parts, *shape, kinds)  # contexts of the parts not tried
         size = share.total, num_masked
         z = _zeros(*size, matching.student_config.evaluations, model.token_dim)
-        level, t = (_zeros(*size, dtype=torch.long) for _ in range(2))
-        noise = Noise(z, level, t, _zeros(*size, model.token_dim)).of(slice(count))
+        evaluation, t = (_zeros(*size, dtype=torch.long) for _ in range(2))
+        noise = Noise(z, evaluation, t, _zeros(*size, model.token_dim)).of(slice(count))
         for _ in range(config.gsim.auxiliary_updates):
             _update(updates[1], share, matching.auxiliary_loss, contexts[0], noise)
         for _ in range(_passes(config)):

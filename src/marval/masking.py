@@ -139,3 +139,9 @@ def token_masked_count(length: int, ar_steps: int, uniform: float) -> int:
     tokens they draw. ``uniform``: U[0, 1)."""
     left = length - int(uniform * length)  # masked tokens before this one, and itself
     return min(count for count in masked_counts(length, ar_steps) if count >= left)
+
+
+def random_masks(count: int, length: int, num_masked: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Random positions, different for each image: visible (B, V), ascending, and masked (B, num_masked)."""
+    orders = torch.rand(count, length, generator=generator, device=generator.device).argsort(dim=1)
+    return orders[:, num_masked:].sort(dim=1).values, orders[:, :num_masked]

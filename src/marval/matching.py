@@ -19,8 +19,8 @@ from marval.diffusion import Schedule, guide, q_sample
 from marval.distributed import World, is_sharded, whole, whole_copy
 from marval.ema import EMA
 from marval.models.head import DiffusionHead, SinusoidalMLP
-from marval.models.mar import MAR
-from marval.sampling import gather_tokens, student_tokens
+from marval.models.mar import MAR, gather_tokens
+from marval.sampling import student_tokens
 
 
 def with_head(network: MAR, head: DiffusionHead) -> MAR:
@@ -106,10 +106,11 @@ class Context(NamedTuple):
     labels: Tensor
     w: Tensor
     """(B, 1) guidance scales."""
-    teacher: Tensor
-    teacher_null: Tensor
-    student: Tensor
-    """Without gradient; the teacher's where they share the backbone."""
+    teacher_condition: Tensor
+    null_condition: Tensor
+    """The teacher's without a class."""
+    student_condition: Tensor
+    """Under the student's backbone, without gradient; the teacher's if they share it."""
 
     def condition(self, network: MAR) -> Tensor:
         """Conditions (B, N, E) of the masked tokens under a network."""
@@ -121,9 +122,9 @@ class Noise(NamedTuple):
 
     z: Tensor
     """(B, N, S, D) for each of the student's S evaluations."""
-    level: Tensor
-    """(B, N) the evaluation, in [0, S), whose token the losses see; those before it carry no gradient. Half of the
-    tokens are of the first, which most images will be drawn with."""
+    evaluation: Tensor
+    """(B, N) index in [0, S) of the evaluation of the head whose token enters the losses; those before it carry no
+    gradient. Half of the entries are 0: most images will be drawn with one evaluation."""
     t: Tensor
     """(B, N) timesteps."""
     eps: Tensor
@@ -160,7 +161,7 @@ class ScoreMatching:
         if self.student.class_emb is self.teacher.class_emb:
             return context
         with torch.no_grad():
-            return context._replace(student=context.condition(self.student))
+            return context._replace(student_condition=context.condition(self.student))
 
     def draw_guidance(self, count: int, generator: torch.Generator) -> Tensor:
         """(count, 1) the fixed scale, or U[low, high] for a student that takes it as an input."""
@@ -168,7 +169,7 @@ class ScoreMatching:
         return low + (high - low) * torch.rand(count, 1, generator=generator, device=generator.device)
 
     def generate(self, context: Context, noise: Noise, condition: Tensor) -> Tensor:
-        """g(z, c): the student's tokens (B, N, D) at its conditions, each of its own evaluation (``noise.level``)."""
+        """g(z, c): the student's tokens (B, N, D) at its conditions, each of its own ``noise.evaluation``."""
         times = self.student_config.timesteps(self.student_config.evaluations)
         if len(times) == 1:
             z = noise.z[:, :, 0]
@@ -180,39 +181,40 @@ class ScoreMatching:
 
             return gsim.one_step(network, z, self.schedule, t, x0)
 
-        level = noise.level[..., None]
+        evaluation = noise.evaluation[..., None]
         with torch.no_grad():
             x0 = start = torch.zeros_like(noise.eps)
             for i, t in enumerate(times[:-1]):
                 x0 = evaluate(x0, noise.z[:, :, i], torch.full_like(noise.t, t), condition.detach())
-                start = torch.where(level == i + 1, x0, start)
-        z = noise.z.gather(2, level[..., None].expand(-1, -1, 1, start.shape[-1]))[:, :, 0]
-        return evaluate(start, z, self.source(noise), condition)
+                start = torch.where(evaluation == i + 1, x0, start)
+        z = noise.z.gather(2, evaluation[..., None].expand(-1, -1, 1, start.shape[-1]))[:, :, 0]
+        return evaluate(start, z, self.student_timesteps(noise), condition)
 
-    def source(self, noise: Noise) -> Tensor:
-        """(B, N) timesteps at which the student makes the tokens."""
+    def student_timesteps(self, noise: Noise) -> Tensor:
+        """(B, N) timestep at which the head makes the token that enters the losses."""
         config = self.student_config
-        return config.t_init * (config.evaluations - noise.level) // config.evaluations
+        return config.t_init * (config.evaluations - noise.evaluation) // config.evaluations
 
     def eps_teacher(self, context: Context, x_t: Tensor, t: Tensor) -> Tensor:
         """Guided noise prediction of the teacher, (B, N, D)."""
-        conditions = torch.cat([context.teacher, context.teacher_null])
+        conditions = torch.cat([context.teacher_condition, context.null_condition])
         out = self.teacher.head(torch.cat([x_t, x_t]), torch.cat([t, t]), conditions)
         eps, eps_null = out.chunk(2, dim=-1)[0].chunk(2)
         return guide(eps, eps_null, context.w.unsqueeze(-1))
 
     def auxiliary_condition(self, context: Context) -> Tensor:
         """(B, N, E), from a backbone of its own if there is one."""
-        return context.condition(self.auxiliary) if isinstance(self.auxiliary, MAR) else context.student
+        return context.condition(self.auxiliary) if isinstance(self.auxiliary, MAR) else context.student_condition
 
     def eps_auxiliary(self, context: Context, x_t: Tensor, noise: Noise, condition: Tensor) -> Tensor:
         """Noise prediction of the auxiliary, unguided, (B, N, D)."""
-        return self.auxiliary_head(x_t, noise.t, condition, context.w, self.source(noise)).chunk(2, dim=-1)[0]
+        out = self.auxiliary_head(x_t, noise.t, condition, context.w, self.student_timesteps(noise))
+        return out.chunk(2, dim=-1)[0]
 
     def auxiliary_loss(self, context: Context, noise: Noise) -> tuple[Tensor, dict[str, Tensor]]:
         """Denoising score matching on detached student samples: a scalar, and what to watch."""
         with torch.no_grad():
-            x_t = q_sample(self.schedule, self.generate(context, noise, context.student), noise.t, noise.eps)
+            x_t = q_sample(self.schedule, self.generate(context, noise, context.student_condition), noise.t, noise.eps)
         predicted = self.eps_auxiliary(context, x_t, noise, self.auxiliary_condition(context))
         loss = gsim.auxiliary_loss(predicted, noise.eps).mean()
         return loss, {"auxiliary_loss": loss.detach()}
@@ -221,7 +223,7 @@ class ScoreMatching:
         """GSIM: the gradient flows through x_t into both head evaluations. A scalar, and what to watch."""
         with torch.no_grad():
             auxiliary_condition = self.auxiliary_condition(context)
-        condition = context.student
+        condition = context.student_condition
         if self.backbone_moves:  # the same numbers, with their gradient
             condition = context.condition(self.student)
         x0 = self.generate(context, noise, condition)

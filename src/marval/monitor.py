@@ -226,12 +226,12 @@ class Monitor:
             row["features"] = self.network(np.ascontiguousarray(images)).pooled.to(asked.device)
         return row | per_image(x)
 
-    def look(self, model: Pipeline, seed: int = 0) -> dict[str, float]:
+    def measure(self, model: Pipeline, seed: int = 0) -> dict[str, float]:
         """Every held-out number of the model on one set of images; the same on all processes."""
         return self.numbers(self.rows(model, seed))
 
     def numbers(self, rows: Mapping[str, Tensor]) -> dict[str, float]:
-        """`look`, of what `rows` measured."""
+        """Held-out numbers from `rows`: means over the images, and FID, KID, precision and recall of their features."""
         numbers = summary({name: value for name, value in rows.items() if name != "features"})
         if "features" in rows and self.reference is not None:
             distances = self.distances(rows["features"], self.reference)
@@ -258,7 +258,7 @@ class Monitor:
         over a set, and 0.001 where values are shares. Warns of a reward that picks the best model and is constant.
 
         Args:
-            first: `look` of the first set.
+            first: `measure` of the first set.
         """
         sets = [self.rows(student, seed) for seed in range(1, self.config.range_seeds)]
         if self.selected in self.rewards:
@@ -332,7 +332,7 @@ class Monitor:
             select = "judge" if self.judge is not None else "held-out" if held_out else "reward"
         return held_out[0] if select == "held-out" else select
 
-    def score(self, values: Mapping[str, float]) -> float:
-        """What the best model has most of."""
+    def criterion(self, values: Mapping[str, float]) -> float:
+        """The number by which models are compared, higher is better: the selected one, or minus FID."""
         value = values[f"{self.selected}_heldout"]
         return -value if self.selected == "fid" else value

@@ -437,7 +437,7 @@ class Pipeline:
         to_draw = length - num_known
         counts = masking.masked_counts(to_draw, min(config.ar_steps, to_draw))
         steps = sampling.unmask(
-            self.network, self.draw(config, noise), labels.to(device), orders, counts, z,
+            self.network, self.token_sampler(config, noise), labels.to(device), orders, counts, z,
             guidance=config.guidance, guidance_schedule=config.guidance_schedule, needs_null=self.student is None,
             tokens=None if known is None or num_known == 0 else known.to(device), refresh_every=config.refresh_every,
             call=self.call,
@@ -460,9 +460,9 @@ class Pipeline:
         fixed = masking.raster_order(grid * grid) if order == "raster" else masking.centre_out_order(grid)
         return fixed.to(self.device).expand(count, -1)
 
-    def draw(self, config: SamplingConfig, noise: ImageNoise | None = None) -> sampling.Draw:
-        """How this model draws a token: the inner chain of a teacher (needs ``noise``), one evaluation of a student, or
-        a few (which need it too)."""
+    def token_sampler(self, config: SamplingConfig, noise: ImageNoise | None = None) -> sampling.TokenSampler:
+        """How this model draws tokens: the inner chain of a teacher (needs ``noise``), or one evaluation of a student's
+        head, or a few (which need it too)."""
         head, clamp = self.network.head, self.tokenizer.token_range
         if self.student is None:
             assert noise is not None

@@ -45,7 +45,7 @@ from marval.rewards import (
     during,
     load_reward,
 )
-from marval.run import Run, look_at
+from marval.run import Run, check_folder
 from marval.shipped import model_folder
 from marval.tokenizers import to_float
 from marval.train import save_sample_grid
@@ -93,7 +93,7 @@ def align(config: RLConfig, student_folder: Path, out: Path, resume: bool, best:
     folders = {"student": str(student_folder), "classifier": config.classifier, "judge": config.judge}
     inputs = {name: Path(path) for name, path in folders.items() if path}
     inputs |= code_of([config.reward, *listed(config.held_out)])
-    look_at(out, "rl", config, resume, inputs)
+    check_folder(out, "rl", config, resume, inputs)
     base = Pipeline.load(student_folder, world.device)
     if base.student is None:
         raise ValueError(f"{student_folder} holds a teacher: RL starts from a student of `marval distill`")
@@ -190,7 +190,7 @@ def align(config: RLConfig, student_folder: Path, out: Path, resume: bool, best:
         """Look at the averaged model; keep it if it is the best so far and has not collapsed; say whether to stop."""
         candidate = averaged()
         with during(f"evaluation of update {step}"):
-            values = monitor.look(candidate)
+            values = monitor.measure(candidate)
             if step == 0:
                 best["ranges"] = monitor.ranges(candidate, values)
         alarms = monitor.alarms(values, best["ranges"])
@@ -198,7 +198,7 @@ def align(config: RLConfig, student_folder: Path, out: Path, resume: bool, best:
             tqdm.write(monitor.line(step, name, values[name], best["ranges"]), file=sys.stderr)
         stated = monitor.stated(best["ranges"]) if step == 0 else {}
         run.log(step, **values, alarms=len(alarms), **{f"alarm_{name}": far for name, far in alarms.items()}, **stated)
-        score = monitor.score(values)
+        score = monitor.criterion(values)
         collapsed = monitor.collapsed(alarms, values, best["ranges"])
         if score > best["score"] and not collapsed:
             weights = {name: v.cpu().clone() for name, v in own_part_of(candidate.network).state_dict().items()}
@@ -221,7 +221,6 @@ def align(config: RLConfig, student_folder: Path, out: Path, resume: bool, best:
     if start == 0:
         evaluate(0)
     progress = run.progress(start)
-    done = start
     for step in progress:
         if best["stop"]:  # a resumed run that had stopped
             progress.stop(f"stopped: {best['stop']}")
@@ -296,7 +295,7 @@ def align(config: RLConfig, student_folder: Path, out: Path, resume: bool, best:
             grad_norm = update.step(step)
             ema.update(part)
 
-        # ---- log, evaluate, save, look
+        # ---- log, evaluate, save, show
         done = step + 1
         if run.is_due(config.log_every, done):
             row = run.log(done, **world.means(watched), grad_norm=grad_norm)
@@ -310,7 +309,7 @@ def align(config: RLConfig, student_folder: Path, out: Path, resume: bool, best:
         if run.is_due(config.eval_every, done):
             evaluate(done)
         stop = bool(best["stop"])
-        save, look = stop or run.is_due(config.save_every, done), run.is_due(config.sample_every, done)
+        save, show = stop or run.is_due(config.save_every, done), run.is_due(config.sample_every, done)
         if world.gathers and save:
             current, tensors = the_best(), matching.scores() if matching is not None else {}
             if world.is_main:
@@ -318,7 +317,7 @@ def align(config: RLConfig, student_folder: Path, out: Path, resume: bool, best:
                     save_tensors(out / "scores.safetensors", tensors)
                 current.save(out)
             del current, tensors  # whole copies
-        if world.gathers and look:
+        if world.gathers and show:
             current = averaged()
             if world.is_main:
                 save_sample_grid(run, current, done)

@@ -98,7 +98,7 @@ def new_folder(path: Path) -> Path:
     return writable_folder(path)
 
 
-def look_at(
+def check_folder(
     out: Path, verb: str, config: RunConfig, resume: bool, inputs: dict[str, Path] | None = None
 ) -> dict[str, Any]:
     """The settings of a run, as its folder keeps them, once it is clear that the folder can take it; writes nothing.
@@ -144,7 +144,7 @@ class Run:
         self.out, self.config, self.world, self.verb = out, config, world, verb
         self.metrics_file = out / "metrics.jsonl"
         self.tracker: Tracker | None = None
-        self.settings = look_at(out, verb, config, resume, inputs)
+        self.settings = check_folder(out, verb, config, resume, inputs)
         world.barrier()  # every process has looked at the folder before one writes into it
         if world.is_main:
             writable_folder(out)

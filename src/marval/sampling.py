@@ -1,9 +1,9 @@
 """The outer autoregressive loop: reveal the tokens of an image in any order, in K steps.
 
 One loop, `unmask`, serves the teacher (`diffusion_chain`) and the student (`few_evaluations`), generation and
-inpainting, sampling and differentiable rollouts. How a token is drawn is a `Draw`:
+inpainting, sampling and differentiable rollouts. How a token is drawn is a `TokenSampler`:
 
-    draw(condition (B, N, E), null condition (B, N, E) or None, z (B, N, D), w) -> tokens (B, N, D)
+    sampler(condition (B, N, E), null condition (B, N, E) or None, z (B, N, D), w) -> tokens (B, N, D)
 """
 
 import dataclasses
@@ -29,11 +29,11 @@ Clamp = tuple[float, float] | None
 
 
 @dataclasses.dataclass(frozen=True)
-class Draw:
+class TokenSampler:
     """How an AR step draws its tokens, in two parts, of which CUDA graphs record the second."""
 
     kind: Hashable
-    """Draws of one kind launch the same kernels on the same shapes."""
+    """Samplers of one kind launch the same kernels on the same shapes."""
     prepare: Callable[[Tensor, float | Tensor], list[Tensor]]
     """``prepare(z, w)``: what needs no condition, such as random numbers and embedded timesteps."""
     evaluate: Callable[..., Tensor]
@@ -48,8 +48,8 @@ class Draw:
 def diffusion_chain(
     head: DiffusionHead, schedule: Schedule, noise: ImageNoise, solver: Literal["ancestral", "ddim"] = "ancestral",
     temperature: float = 1.0, clamp: Clamp = None,
-) -> Draw:  # fmt: skip
-    """The teacher's draw: the inner chain over every step of ``schedule`` (respace it for fewer).
+) -> TokenSampler:  # fmt: skip
+    """The teacher's sampler: the inner chain over every step of ``schedule`` (respace it for fewer).
 
     Without gradients it embeds the timesteps once: after an update of the head make a new one.
     """
@@ -79,15 +79,15 @@ def diffusion_chain(
         steps = None if noises is None else iter(noises.unbind(1))
         return diffusion.denoise_chain(network, z, schedule, steps, temperature, clamp)
 
-    return Draw(("chain", temperature), prepare, evaluate, own_graph=True)
+    return TokenSampler(("chain", temperature), prepare, evaluate, own_graph=True)
 
 
 def few_evaluations(
     head: DiffusionHead, schedule: Schedule, timesteps: tuple[int, ...], noise: ImageNoise | None = None,
     temperature: float = 1.0, clamp: Clamp = None, call: Call = plainly,
-) -> Draw:  # fmt: skip
-    """The student's draw: an evaluation of the head at each timestep, mostly one alone (`gsim.one_step`). Guidance is
-    baked in, or an input.
+) -> TokenSampler:  # fmt: skip
+    """The student's sampler: an evaluation of the head at each timestep, mostly one alone (`gsim.one_step`). Guidance
+    is baked in, or an input.
 
     In inference mode timesteps and guidance are embedded once per scale: after an update of the head make a new one.
 
@@ -125,7 +125,7 @@ def few_evaluations(
         assert isinstance(x0, Tensor)
         return x0 if clamp is None else x0.clamp(*clamp)
 
-    return Draw(("student", timesteps, temperature), prepare, evaluate)
+    return TokenSampler(("student", timesteps, temperature), prepare, evaluate)
 
 
 def as_tensor(w: float | Tensor, like: Tensor) -> Tensor:
@@ -141,7 +141,7 @@ def student_tokens(
 
 
 def unmask(
-    network: MAR, draw: Draw, labels: Tensor, orders: Tensor, counts: list[int], z: Tensor, *,
+    network: MAR, draw: TokenSampler, labels: Tensor, orders: Tensor, counts: list[int], z: Tensor, *,
     guidance: float | Tensor = 1.0, guidance_schedule: Literal["constant", "linear"] = "constant",
     needs_null: bool = False, tokens: Tensor | None = None, grad_ar_steps: Collection[int] | None = None,
     checkpoint_ar_steps: bool = False, refresh_every: int = 1, call: Call = plainly,

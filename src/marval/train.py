@@ -14,10 +14,9 @@ from marval.diffusion import Schedule, cosine_schedule, denoising_loss, q_sample
 from marval.distributed import connect, template
 from marval.ema import EMA
 from marval.latents import LatentDataset
-from marval.models.mar import MAR
+from marval.models.mar import MAR, gather_tokens
 from marval.pipeline import Pipeline
 from marval.run import Run
-from marval.sampling import gather_tokens
 from marval.tokenizers import Tokenizer, load_tokenizer, recommended_head_width
 from marval.update import Update, add_weighted, caller, prepare, warmup_then_cosine
 
@@ -65,6 +64,10 @@ def adamw(network: MAR, config: TrainConfig) -> torch.optim.AdamW:
     )  # fmt: skip
 
 
+SAMPLE_ROWS = 4
+"""Images of each class in the grids of samples/."""
+
+
 def teacher_loss(
     network: MAR, schedule: Schedule, tokens: Tensor, visible: Tensor, masked: Tensor, labels: Tensor, t: Tensor,
     eps: Tensor,
@@ -86,18 +89,12 @@ def teacher_loss(
     return loss, {"loss": loss.detach(), "mse": mse.detach().mean(), "vb": vb.detach().mean()}
 
 
-def draw_masks(count: int, length: int, num_masked: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Random positions, different for each image: visible (B, V), ascending, and masked (B, num_masked)."""
-    orders = torch.rand(count, length, generator=generator, device=generator.device).argsort(dim=1)
-    return orders[:, num_masked:].sort(dim=1).values, orders[:, :num_masked]
-
-
-def save_sample_grid(run: Run, model: Pipeline, step: int, rows: int = 4) -> None:
+def save_sample_grid(run: Run, model: Pipeline, step: int) -> None:
     """samples/step-*.png: up to ten classes in columns, always the same seeds; none for a model of latents alone."""
     if not model.tokenizer.has_images:
         return
     classes = list(range(min(10, len(model.class_names))))
-    count = rows * len(classes)
+    count = SAMPLE_ROWS * len(classes)
     images = model.sample(classes, num_images=count, seed=run.config.seed, batch_size=count)
     run.show(step, image_grid(images, columns=len(classes), scale=max(1, 64 // images.shape[1])))
 
@@ -162,7 +159,7 @@ def train(config: TrainConfig, out: str | Path, resume: bool = False) -> Pipelin
         labels = torch.where(dropped, network.config.num_classes, labels)
         share = float(torch.rand((), generator=host))
         num_masked = masking.masked_count(config.mask_ratios, length, config.sampling.ar_steps, share)
-        visible, masked = draw_masks(config.batch, length, num_masked, g)
+        visible, masked = masking.random_masks(config.batch, length, num_masked, g)
         shape = (config.batch, num_masked, config.head_batch_mul)
         t = torch.randint(0, len(schedule), shape, generator=g, device=world.device)
         eps = torch.randn(*shape, tokenizer.token_dim, generator=g, device=world.device)
@@ -182,7 +179,7 @@ def train(config: TrainConfig, out: str | Path, resume: bool = False) -> Pipelin
         grad_norm = update.step(step, lr_factor)
         ema.update(network)
 
-        # ---- log, evaluate, save, look
+        # ---- log, evaluate, save, show
         done = step + 1
         if any(run.is_due(every, done) for every in dues):
             update.check()
@@ -190,16 +187,16 @@ def train(config: TrainConfig, out: str | Path, resume: bool = False) -> Pipelin
             progress.show(run.log(done, **world.means(watched), grad_norm=grad_norm, lr=config.lr * lr_factor))
         if run.is_due(config.eval_every, done):
             current = averaged()
-            if curve.look(current, done, run) and world.is_main:
+            if curve.measure(current, done, run) and world.is_main:
                 current.save(folder(out))  # at once: a run that dies leaves it
             del current  # a whole copy
         stop = bool(curve.best["stop"])
-        save, look = stop or run.is_due(config.save_every, done), run.is_due(config.sample_every, done)
-        if world.gathers and (save or look):
+        save, show = stop or run.is_due(config.save_every, done), run.is_due(config.sample_every, done)
+        if world.gathers and (save or show):
             current = averaged()
             if world.is_main and save:
                 current.save(out)
-            if world.is_main and look:
+            if world.is_main and show:
                 save_sample_grid(run, current, done)
             del current  # a whole copy
         if save:
