@@ -44,7 +44,7 @@ from marval.config import DistillConfig, filled, numbers, to_dict
 from marval.data import load_dataset
 from marval.distill import distill, make_student
 from marval.draw import sample_in_turn
-from marval.evaluate import weights_digest
+from marval.measure import weights_digest
 from marval.pipeline import Pipeline
 from marval.tables import check_matplotlib
 

@@ -21,8 +21,9 @@ from results_page import same_protocol
 from marval.bench import seconds_per_image
 from marval.checkpoint import read_json, write_json
 from marval.config import EvaluateConfig, numbers
-from marval.evaluate import evaluate, weights_digest
 from marval.features import load_features
+from marval.measure import measure as row_of
+from marval.measure import weights_digest
 from marval.pipeline import Pipeline
 from marval.reference import load_reference
 from marval.run import versions
@@ -54,7 +55,7 @@ def measure(args: argparse.Namespace) -> None:
         if any(same(row, settings) for row in results["rows"]):
             continue
         measured = [
-            evaluate(model, reference, network, EvaluateConfig(num_images=args.num_images, seed=seed), settings)
+            row_of(model, reference, network, EvaluateConfig(num_images=args.num_images, seed=seed), settings)
             for seed in range(args.seeds)
         ]
         fid = [row["fid"] for row in measured]

@@ -48,9 +48,9 @@ from marval.checkpoint import read_json, save_arrays, write_json
 from marval.config import DistillConfig, StudentConfig, numbers
 from marval.data import ImageDataset, load_dataset, read_images
 from marval.distill import make_student
-from marval.evaluate import NEIGHBOURS, weights_digest
 from marval.features import FeatureNetwork, load_features
 from marval.images import image_grid, save_png
+from marval.measure import NEIGHBOURS, weights_digest
 from marval.metrics import Moments, frechet_distance, moments_of, precision_recall
 from marval.pipeline import Pipeline
 from marval.reference import CHUNK, load_reference, save_reference

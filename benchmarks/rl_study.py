@@ -44,8 +44,8 @@ from marval.config import GSIMConfig, RLConfig, numbers
 from marval.data import image_grid
 from marval.distributed import World
 from marval.draw import sample_in_turn
-from marval.evaluate import weights_digest
 from marval.features import FeatureNetwork
+from marval.measure import weights_digest
 from marval.monitor import Monitor
 from marval.pipeline import Pipeline
 from marval.reference import Reference, load_reference

@@ -24,7 +24,7 @@ from marval import masking, rng
 from marval.checkpoint import read_json, write_json
 from marval.config import SamplingConfig, numbers
 from marval.data import batch_tokens, load_dataset
-from marval.evaluate import weights_digest
+from marval.measure import weights_digest
 from marval.metrics import energy_distance
 from marval.pipeline import Pipeline
 from marval.rng import ImageNoise

@@ -21,8 +21,8 @@ from marval.curve import Curve, subset
 from marval.data import load_data, load_dataset
 from marval.distill import distill
 from marval.distributed import World
-from marval.evaluate import evaluate
 from marval.features import load_features
+from marval.measure import measure
 from marval.monitor import HELD_OUT_SEED
 from marval.pipeline import Pipeline
 from marval.reference import load_reference, of_images
@@ -73,7 +73,7 @@ def test_best_and_last_are_kept_and_nothing_else_changes(tmp_path: Path, capsys:
     assert f"update {step}: FID {curve[step]['fid_heldout']:.4g}, KID" in err
     network = load_features(str(tiny.classifier()))
     protocol = EvaluateConfig(num_images=30, seed=TRAIN.seed + HELD_OUT_SEED, device="cpu")
-    again = evaluate(best, load_reference("digits", network), network, protocol)
+    again = measure(best, load_reference("digits", network), network, protocol)
     for name in ("fid", "accuracy"):
         assert again[name] == pytest.approx(curve[step][f"{name}_heldout"], rel=1e-3), "as marval evaluate measures it"
 

@@ -18,8 +18,9 @@ from marval.bench import seconds_per_image
 from marval.config import EvaluateConfig
 from marval.data import center_crop, load_dataset, save_png
 from marval.draw import head_evaluations_per_token, sample_in_turn
-from marval.evaluate import evaluate, evaluate_folder
+from marval.evaluate import evaluate_folder
 from marval.features import classifier_features, load_features
+from marval.measure import measure
 from marval.metrics import frechet_distance, inception_score, kernel_distance, moments_of, precision_recall
 from marval.models.classifier import Classifier
 from marval.pipeline import Pipeline
@@ -261,7 +262,7 @@ def test_rewards_and_spatial_features(tmp_path: Path):
         lambda x: references_features(network.run(x).pooled, x),
     )  # fmt: skip
     reference = load_reference("digits", both)
-    results = evaluate(Pipeline.load(tiny.student()), reference, both, config(), {"ar_steps": 2})
+    results = measure(Pipeline.load(tiny.student()), reference, both, config(), {"ar_steps": 2})
     real, fake = (x[:, :4, :5, 0].reshape(len(x), -1) / 255.0 for x in (load_dataset("digits").images, images))
     expected = frechet_distance(*(references.Moments(x.mean(0), np.cov(x.T)) for x in (real, fake)))
     assert results["sfid"] == pytest.approx(expected, rel=1e-5)
@@ -331,33 +332,63 @@ def references_features(pooled: torch.Tensor, images: torch.Tensor) -> Any:
 
 @pytest.mark.usefixtures("small_chunks")
 def test_code_of_a_reward_may_not_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from marval import evaluate as module
+    from marval import measure as module
 
     (tmp_path / "mine.py").write_text("def zero(images, prompts):\n    return images.mean((1, 2, 3)) * 0\n")
-    settings, real = config(rewards=f"{tmp_path / 'mine.py'}:zero"), module.draw
+    settings, real = config(rewards=f"{tmp_path / 'mine.py'}:zero"), module.draw_chunk
 
     def stops(model: Pipeline, labels: Any, first: int, *args: Any) -> np.ndarray:
         if first > 0:
             raise KeyboardInterrupt
         return real(model, labels, first, *args)
 
-    monkeypatch.setattr(module, "draw", stops)
+    monkeypatch.setattr(module, "draw_chunk", stops)
     with pytest.raises(KeyboardInterrupt):
         evaluate_folder(tiny.student(), tmp_path / "out.json", settings)
-    monkeypatch.setattr(module, "draw", real)
+    monkeypatch.setattr(module, "draw_chunk", real)
     (tmp_path / "mine.py").write_text("def zero(images, prompts):\n    return images.mean((1, 2, 3)) * 0 + 1\n")
     with pytest.raises(ValueError, match=r"was begun with code of mine\.py = "):
         evaluate_folder(tiny.student(), tmp_path / "out.json", settings, resume=True)
+
+    done = tmp_path / "done.json"
+    evaluate_folder(tiny.student(), done, settings)
+    evaluate_folder(tiny.student(), done, settings, resume=True)
+    with pytest.raises(ValueError, match=r"done\.json exists, with prompt = '.*', not 'a \{class\}': choose another"):
+        evaluate_folder(tiny.student(), done, dataclasses.replace(settings, prompt="a {class}"), resume=True)
+    (tmp_path / "mine.py").write_text("def zero(images, prompts):\n    return images.mean((1, 2, 3)) * 0 + 2\n")
+    with pytest.raises(ValueError, match=r"done\.json exists, with code of mine\.py = '.*', not '.*': choose another"):
+        evaluate_folder(tiny.student(), done, settings, resume=True)
+
+
+def test_a_kill_after_the_results_were_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """They are there: what was kept for a resume goes, and nothing is drawn."""
+    from marval import evaluate as module
+
+    def killed(path: Path) -> None:
+        raise KeyboardInterrupt
+
+    out = tmp_path / "out.json"
+    with monkeypatch.context() as patched:
+        patched.setattr(module.shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate_folder(tiny.student(), out, config())
+    results = out.read_bytes()
+    assert sorted(os.listdir(tmp_path)) == ["out.json", "out.json.partial"]
+    evaluate_folder(tiny.student(), out, config(), resume=True)
+    assert "finished before" in capsys.readouterr().out
+    assert (sorted(os.listdir(tmp_path)), out.read_bytes()) == (["out.json"], results)
 
 
 @pytest.mark.usefixtures("small_chunks")
 def test_an_interrupted_evaluation_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Stopped between chunks, in the second row of a sweep: what is done is not drawn again, the results are equal."""
-    from marval import evaluate as module
+    from marval import measure as module
 
     settings = config(ar_steps="2,4")
     evaluate_folder(tiny.student(), tmp_path / "whole.json", settings)
-    real, drawn = module.draw, []
+    real, drawn = module.draw_chunk, []
 
     def stops(model: Pipeline, labels: Any, first: int, *args: Any) -> np.ndarray:
         if len(drawn) == 4:
@@ -365,7 +396,7 @@ def test_an_interrupted_evaluation_goes_on(tmp_path: Path, monkeypatch: pytest.M
         drawn.append(first)
         return real(model, labels, first, *args)
 
-    monkeypatch.setattr(module, "draw", stops)
+    monkeypatch.setattr(module, "draw_chunk", stops)
     out = tmp_path / "resumed.json"
     with pytest.raises(KeyboardInterrupt):
         evaluate_folder(tiny.student(), out, settings)

@@ -12,8 +12,9 @@ from small_codec import make_codec
 import marval
 from marval.checkpoint import save_state, write_json
 from marval.config import EvaluateConfig, SamplingConfig, StudentConfig
-from marval.evaluate import evaluate_folder, weights_digest
+from marval.evaluate import evaluate_folder
 from marval.export import export, without_folders
+from marval.measure import weights_digest
 from marval.pipeline import Pipeline
 from marval.tokenizers import PixelTokenizer, load_tokenizer
 

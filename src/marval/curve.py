@@ -20,8 +20,8 @@ from tqdm import tqdm
 from marval.config import CurveConfig, EvaluateConfig
 from marval.data import ImageDataset
 from marval.distributed import World
-from marval.evaluate import check_features, evaluate
 from marval.latents import LatentDataset
+from marval.measure import check_features, measure
 from marval.monitor import HELD_OUT_SEED
 from marval.pipeline import Pipeline
 from marval.reference import Reference, load_network, load_reference, of_images, split_of
@@ -125,7 +125,7 @@ class Curve:
             batch=self.world.parts(config.batch, config.accumulate)[0].own.stop,  # as many as an update takes at once
         )  # fmt: skip
         chosen = {"head_steps": self.head_steps}
-        found = evaluate(
+        found = measure(
             model, self.reference, self.network, settings, chosen, world=self.world, weights=f"of update {step}"
         )  # fmt: skip
         row = torch.tensor([[found.get(name, float("nan")) for name in MEASURES]], dtype=torch.float64)

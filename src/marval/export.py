@@ -7,7 +7,7 @@ from typing import Any
 
 from marval import __version__
 from marval.checkpoint import read_json, write_atomically
-from marval.evaluate import weights_digest
+from marval.measure import weights_digest
 from marval.pipeline import Pipeline
 from marval.run import check_empty, new_folder
 from marval.tables import result_table, sweep_table

@@ -19,8 +19,8 @@ from marval.config import DistillConfig, RLConfig, TrainConfig, check, filled, t
 from marval.data import image_grid, load_dataset, save_png
 from marval.distill import distill, make_student
 from marval.draw import head_evaluations_per_token, sample_in_turn
-from marval.evaluate import weights_digest
 from marval.features import FeatureNetwork, classifier_features
+from marval.measure import weights_digest
 from marval.metrics import Moments, frechet_distance, moments_of
 from marval.models.classifier import Classifier, train_classifier
 from marval.pipeline import Pipeline
