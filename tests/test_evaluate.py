@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -371,7 +372,7 @@ def test_a_kill_after_the_results_were_written(
 
     out = tmp_path / "out.json"
     with monkeypatch.context() as patched:
-        patched.setattr(module.shutil, "rmtree", killed)
+        patched.setattr(module, "shutil", SimpleNamespace(rmtree=killed))
         with pytest.raises(KeyboardInterrupt):
             evaluate_folder(tiny.student(), out, config())
     results = out.read_bytes()

@@ -252,13 +252,13 @@ def _finished(
         raise ValueError(f"{out} exists and is no result of marval evaluate: choose another --out") from None
     if len(found) != len(protocols):
         raise ValueError(f"{out} exists, with {len(found)} rows, not {len(protocols)}: choose another --out")
+    if scored != set(rewards):
+        raise ValueError(f"{out} exists, with rewards {sorted(scored)}, not {sorted(rewards)}: choose another --out")
     for before, now in zip(found, json.loads(json.dumps(protocols)), strict=True):
         for name, value in now.items():
             if before.get(name) != value:
                 values = f"{name} = {before.get(name)!r}, not {value!r}"
                 raise ValueError(f"{out} exists, with {values}: choose another --out")
-    if scored != set(rewards):
-        raise ValueError(f"{out} exists, with rewards {sorted(scored)}, not {sorted(rewards)}: choose another --out")
     if "before" in results:
         return pair_table(results, *map(str, folders))
     return sweep_table(rows, str(folders[0])) if "rows" in results else result_table(results, str(folders[0]))
