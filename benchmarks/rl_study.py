@@ -41,11 +41,11 @@ from marval import masking, monitor, sampling
 from marval.algorithms import Batch, RewardGradient, Rollout
 from marval.checkpoint import load_state, read_json, write_json
 from marval.config import GSIMConfig, RLConfig, numbers
-from marval.data import image_grid
 from marval.distributed import World
 from marval.draw import sample_in_turn
 from marval.evaluate import weights_digest
 from marval.features import FeatureNetwork
+from marval.images import image_grid
 from marval.monitor import Monitor
 from marval.pipeline import Pipeline
 from marval.reference import Reference, load_reference
