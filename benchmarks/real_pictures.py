@@ -46,10 +46,10 @@ from tqdm import tqdm
 from marval.bench import machine, median_and_spread, time_batch, times_in_turn
 from marval.checkpoint import read_json, save_arrays, write_json
 from marval.config import DistillConfig, StudentConfig, numbers
-from marval.data import ImageDataset, load_dataset, read_images
+from marval.data import ImageDataset, load_dataset
 from marval.distill import make_student
 from marval.features import FeatureNetwork, load_features
-from marval.images import image_grid, save_png
+from marval.images import image_grid, read_images, save_png
 from marval.measure import NEIGHBOURS, weights_digest
 from marval.metrics import Moments, frechet_distance, moments_of, precision_recall
 from marval.pipeline import Pipeline

@@ -16,7 +16,7 @@ from PIL import Image
 from results_page import ROOT, Places, table, write_between
 
 from marval.checkpoint import read_json
-from marval.data import save_png
+from marval.images import save_png
 
 QUICK = Path(tempfile.gettempdir()) / "rl_study_quick"
 """Everything that ``--quick`` writes."""

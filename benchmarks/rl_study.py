@@ -41,10 +41,10 @@ from marval import masking, monitor, sampling
 from marval.algorithms import Batch, RewardGradient, Rollout
 from marval.checkpoint import load_state, read_json, write_json
 from marval.config import GSIMConfig, RLConfig, numbers
-from marval.data import image_grid
 from marval.distributed import World
 from marval.draw import sample_in_turn
 from marval.features import FeatureNetwork
+from marval.images import image_grid
 from marval.measure import weights_digest
 from marval.monitor import Monitor
 from marval.pipeline import Pipeline

@@ -21,9 +21,10 @@ from results_page import about_now, measured_on, places, shown_folder, table, wr
 from torch import Tensor
 
 from marval import masking, rng
+from marval.batches import batch_tokens
 from marval.checkpoint import read_json, write_json
 from marval.config import SamplingConfig, numbers
-from marval.data import batch_tokens, load_dataset
+from marval.data import load_dataset
 from marval.measure import weights_digest
 from marval.metrics import energy_distance
 from marval.pipeline import Pipeline

@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 import marval
-from marval.data import image_grid, save_png
+from marval.images import image_grid, save_png
 
 model = marval.load(sys.argv[1] if len(sys.argv) > 1 else "digits/student")
 images = model.sample(range(len(model.class_names)), num_images=4 * len(model.class_names), seed=0)

@@ -12,7 +12,7 @@ from small_codec import make_codec
 from torch.testing import assert_close
 
 from marval.checkpoint import load_tensors, save_tensors
-from marval.data import center_crop
+from marval.images import center_crop
 from marval.importing import import_taesd
 from marval.models.autoencoders import CONFIG, TAESD, WEIGHTS, describe, link_autoencoder, load_autoencoder
 from marval.tokenizers import load_tokenizer, to_float, to_uint8

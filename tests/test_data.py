@@ -13,17 +13,9 @@ from PIL import Image
 
 from marval import data as data_module
 from marval import imagenet
-from marval.data import (
-    batch_indices,
-    image_grid,
-    load_data,
-    load_dataset,
-    prefetch,
-    random_shift,
-    read_images,
-    save_png,
-)
-from marval.images import LazyImages
+from marval.batches import batch_indices, prefetch, random_shift
+from marval.data import load_data, load_dataset
+from marval.images import LazyImages, image_grid, read_images, save_png
 from marval.rng import generator
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -96,12 +88,18 @@ def test_folder_holds_out_every_fifth_of_each_class(folder: Path):
 def test_pictures_that_no_one_will_see_are_told_of(folder: Path, capsys: pytest.CaptureFixture[str]):
     load_dataset(str(folder))
     assert not capsys.readouterr().err
-    data_module._tell_left_out.cache_clear()
-    Image.new("L", (8, 8)).save(folder / "a" / "x.gif")
-    save_png(folder / "stray.png", picture())
+    scan = folder / "a" / "2021" / "scan.TIF"
+    scan.parent.mkdir()
+    Image.new("L", (8, 8)).save(scan)
+    (scan.parent / "._scan.tif").write_bytes(b"no image")
     for _ in range(2):
         load_dataset(str(folder))
-    warning = f"marval: warning: 2 pictures in {folder} are left out, such as {folder / 'stray.png'}"
+    warning = f"marval: warning: pictures in {folder} are left out (1 in all), such as {scan}"
+    assert capsys.readouterr().err.count(warning) == 1
+    Image.new("L", (8, 8)).save(folder / "a" / "x.gif")
+    save_png(folder / "stray.png", picture())
+    load_dataset(str(folder))
+    warning = f"marval: warning: pictures in {folder} are left out (3 in all), such as {folder / 'stray.png'}"
     assert capsys.readouterr().err.count(warning) == 1
 
 

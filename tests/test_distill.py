@@ -11,10 +11,11 @@ import torch
 from safetensors.torch import load_file
 
 from marval.config import DistillConfig, GSIMConfig, StudentConfig
-from marval.data import load_dataset, save_png
+from marval.data import load_dataset
 from marval.distill import distill, make_student
 from marval.draw import sample_in_turn
 from marval.features import load_features
+from marval.images import save_png
 from marval.matching import Context, ScoreMatching, load_scores
 from marval.metrics import frechet_distance, moments_of
 from marval.pipeline import Pipeline

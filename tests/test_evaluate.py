@@ -17,10 +17,11 @@ from PIL import Image
 from marval import reference as references
 from marval.bench import seconds_per_image
 from marval.config import EvaluateConfig
-from marval.data import center_crop, load_dataset, save_png
+from marval.data import load_dataset
 from marval.draw import head_evaluations_per_token, sample_in_turn
 from marval.evaluate import evaluate_folder
 from marval.features import classifier_features, load_features
+from marval.images import center_crop, save_png
 from marval.measure import measure
 from marval.metrics import frechet_distance, inception_score, kernel_distance, moments_of, precision_recall
 from marval.models.classifier import Classifier

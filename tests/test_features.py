@@ -16,8 +16,9 @@ from PIL import Image
 
 from marval import features as features_module
 from marval import imagenet
-from marval.data import center_crop, load_dataset
+from marval.data import load_dataset
 from marval.features import INCEPTION_URL, load_features
+from marval.images import center_crop
 from marval.models.classifier import Classifier
 from marval.tokenizers import to_float
 

@@ -15,7 +15,7 @@ LOOPS = {"train", "distill", "rl", "quickstart", "run", "matching", "evaluate", 
 }  # fmt: skip
 DATA = {
     "tokenizers", "sampling", "masking", "checkpoint", "config", "distributed", "watch", "ema", "data", "latents",
-    "images", "listing", "imagenet", "devices", "log",
+    "images", "batches", "listing", "imagenet", "devices", "log", "arguments", "model_files",
 }  # fmt: skip
 MODULES = {".".join(p.relative_to(SOURCE).with_suffix("").parts): p for p in SOURCE.rglob("*.py")}
 

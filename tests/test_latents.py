@@ -9,8 +9,9 @@ import torch
 from small_codec import make_codec, write_latents
 
 from marval import imagenet
+from marval.batches import batch_tokens, random_shift
 from marval.checkpoint import read_json, write_json
-from marval.data import ImageDataset, batch_tokens, load_data, load_dataset, random_shift
+from marval.data import ImageDataset, load_data, load_dataset
 from marval.latents import LatentDataset, class_labels, load_latents
 from marval.rng import generator
 from marval.tokenizers import LatentTokenizer, PixelTokenizer, Tokenizer, load_tokenizer, to_float

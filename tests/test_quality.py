@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageFilter
 from torch import Tensor, nn
 
-from marval.data import center_crop
+from marval.images import center_crop
 from marval.models.quality import MODEL, RANGE, Brisque, aesthetic_head, brisque_features
 from marval.rewards import check_reward, load_reward
 from marval.tokenizers import to_float

@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from marval.config import MARConfig, SamplingConfig, TrainConfig
-from marval.data import save_png
 from marval.distributed import World
 from marval.ema import EMA
+from marval.images import save_png
 from marval.pipeline import Pipeline
 from marval.tokenizers import load_tokenizer
 from marval.train import adamw, build_teacher, sizes, train

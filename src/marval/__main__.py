@@ -147,7 +147,7 @@ def plan(verb: Any, recipe: str, config: Any, folder: Path | None, processes: in
     from marval import dryrun, recipes
     from marval.checkpoint import tensor_shapes
     from marval.config import SamplingConfig, from_dict
-    from marval.pipeline import read_config
+    from marval.model_files import read_config
     from marval.shipped import model_folder
 
     sampling = None

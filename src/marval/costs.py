@@ -36,7 +36,7 @@ class _Autocast(torch.autocast):
 
 
 def _cast(x: Tensor) -> Tensor:
-    """x in bfloat16; trained weights are cast once in an autocast region, but anew where blocks are recomputed."""
+    """Cast x to bfloat16; trained weights are cast once in an autocast region, but anew where blocks are recomputed."""
     if not (x.is_leaf and x.requires_grad) or torch._C._current_graph_task_id() >= 0:
         return x.bfloat16()
     with torch.enable_grad():  # the cast serves calls with gradients after those without
@@ -45,8 +45,11 @@ def _cast(x: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def without_data() -> Iterator[None]:
-    """On the meta device linear layers, layer norms and attention do what they do on CUDA: under autocast linear layers
-    and attention compute in bfloat16 and layer norms in float32; attention is one kernel, with dropout too."""
+    """Context in which linear layers, layer norms and attention do on the meta device what they do on CUDA.
+
+    Under autocast linear layers and attention compute in bfloat16 and layer norms in float32; attention is one kernel,
+    with dropout too.
+    """
     linear, layer_norm = F.linear, F.layer_norm
 
     def autocasts() -> bool:
@@ -75,7 +78,7 @@ def without_data() -> Iterator[None]:
 
 
 class Work(TorchDispatchMode):
-    """Operations, and bytes of the storages made since it was switched on: alive now, and their largest sum so far."""
+    """Counter of operations, and of bytes of the storages made while it is on: alive now, and their largest sum."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -106,13 +109,14 @@ class Work(TorchDispatchMode):
 
 @dataclass
 class Cost:
-    """Of some work: operations, and bytes at its peak beyond what was there before."""
+    """Cost of a computation: operations, and peak bytes beyond what was allocated before."""
 
     operations: float
     peak: int
 
 
 def cost_of(function: Callable[[], Any]) -> Cost:
+    """What a call of the function costs."""
     with Work() as work:
         function()
     return Cost(work.operations, work.peak)

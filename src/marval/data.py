@@ -1,34 +1,23 @@
-"""Images from the embedded digits or from folders, or latents of them; batches and shifts."""
+"""Labelled images: the embedded digits, a folder or an .npz, or latents of them; training and test split."""
 
 import functools
 import itertools
-import os
-from collections.abc import Callable, Generator, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Generic, TypeVar
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
 
 from marval.config import warn
-from marval.images import SUFFIXES, UNREAD, LazyImages, center_crop, images_below, is_image, open_image, read_equal
-from marval.images import image_grid as image_grid  # these three are imported from here too
-from marval.images import read_images as read_images
-from marval.images import save_png as save_png
+from marval.images import SUFFIXES, UNREAD, LazyImages, center_crop, files_below, is_image, open_image, read_equal
 from marval.latents import Classes, LatentDataset, Split, class_labels, holds_latents, load_latents
-from marval.rng import generator, put
-from marval.tokenizers import PixelTokenizer, Tokenizer, to_float
 
 HOLD_OUT = 5
 """Every fifth image, from the first, is held out as the test split."""
 IN_MEMORY = 1 << 30
 """Bytes of decoded images up to which `load_data` keeps a folder in memory."""
-_ORDER_KEY = 0xDA7A  # sets the stream of epoch orders apart from every other use of (seed, n)
 
 
 Images = TypeVar("Images", bound=np.ndarray | LazyImages)
@@ -85,7 +74,7 @@ def load_dataset(
 def load_data(
     source: str, split: Split = "train", image_size: int | None = None, classes: Classes = "folders"
 ) -> ImageDataset | LatentDataset:
-    """`load_dataset`, or latents of `marval encode` (`load_latents`), without filling the memory.
+    """Images, as by `load_dataset`, or latents, as by `load_latents`, without filling the memory.
 
     A folder of more than 1 GiB of decoded images is read batch by batch: names, classes and the first image are
     checked now, a bad file is named when its turn comes. It needs an ``image_size``.
@@ -133,7 +122,7 @@ def _digits(split: Split, image_size: int | None, classes: Classes) -> ImageData
 
 
 def _npz(path: Path, split: Split, image_size: int | None, classes: Classes) -> ImageDataset[np.ndarray]:
-    """Images of an .npz (`load_dataset`)."""
+    """A split of the images of an .npz, whose arrays `load_dataset` describes."""
     try:
         with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
@@ -172,7 +161,7 @@ def _npz(path: Path, split: Split, image_size: int | None, classes: Classes) -> 
 
 
 def _resize(images: np.ndarray, size: int) -> np.ndarray:
-    """uint8 NHWC, centre-cropped and scaled."""
+    """Centre-crop and scale images, uint8 NHWC, to squares of ``size`` pixels."""
     pictures = (Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image) for image in images)
     crops = [center_crop(picture, size) for picture in pictures]
     return np.stack([np.asarray(crop).reshape(size, size, -1) for crop in crops])
@@ -200,7 +189,7 @@ def _labelled_files(root: Path, split: Split, classes: Classes) -> tuple[list[st
 
 
 def stated_licence(root: Path) -> str:
-    """First line of LICENCE.txt, LICENSE.txt or LICENSE in a folder of images, for its train/ beside that."""
+    """First line of LICENCE.txt, LICENSE.txt or LICENSE in a folder of images, or beside it if it is a split."""
     folders = (root, root.parent) if root.name in ("train", "val", "test") else (root,)
     for file in (folder / name for folder in folders for name in ("LICENCE.txt", "LICENSE.txt", "LICENSE")):
         if file.is_file() and (text := file.read_text(errors="replace").strip()):
@@ -209,7 +198,7 @@ def stated_licence(root: Path) -> str:
 
 
 def split_folders(root: Path) -> tuple[Path, Path] | None:
-    """The sub-folders train/ and test/ (or val/) if both hold class folders."""
+    """The sub-folders train/ and test/ (or val/) of a folder of images, if both hold class folders."""
     held_out = next((root / name for name in ("test", "val") if _subfolders(root / name)), None)
     return (root / "train", held_out) if held_out is not None and _subfolders(root / "train") else None
 
@@ -222,7 +211,9 @@ def _subfolders(folder: Path) -> list[Path]:
 
 
 def class_files(root: Path) -> dict[str, list[str]]:
-    """Class name -> paths of its images, both sorted; at least one class, and one image of each.
+    """Paths of the images of each class by its name, both sorted; at least one class, and one image of each.
+
+    Warns of pictures that no one will see: beside the class folders, or of formats that are not read.
 
     Raises:
         ValueError: no class folders, or an empty one.
@@ -233,131 +224,26 @@ def class_files(root: Path) -> dict[str, list[str]]:
     if splits := [folder.name for folder in classes if folder.name in ("train", "val", "test")]:
         inside = root / splits[0]
         raise ValueError(f"{root} holds {splits[0]}/ where classes should be: give {inside}, or class folders in each")
-    _tell_left_out(root, tuple(classes))
-    files = {folder.name: images_below(folder) for folder in classes}
+    below = {folder.name: files_below(folder) for folder in classes}
+    odd = [str(path) for path in sorted(root.iterdir()) if path.is_file() and is_image(path.name)]
+    odd += [path for paths in below.values() for path in paths if path.lower().endswith(UNREAD)]
+    if odd:
+        what = f"pictures in {root} are left out ({len(odd)} in all), such as {odd[0]}"
+        _warn_once(f"{what}: they lie beside the class folders, or are not of {' '.join(SUFFIXES)}")
+    files = {name: [path for path in paths if path.lower().endswith(SUFFIXES)] for name, paths in below.items()}
     for folder in classes:
         if not files[folder.name]:
             raise ValueError(f"class folder {folder} has no images ({' '.join(SUFFIXES)}): add some, or remove it")
     return files
 
 
-@functools.cache  # once, however often the folder is read
-def _tell_left_out(root: Path, classes: tuple[Path, ...]) -> None:
-    """Warn of pictures that no one will see: beside the class folders, or of formats that are not read."""
-    odd = [path for path in sorted(root.iterdir()) if path.is_file() and is_image(path.name)]
-    odd += [f / name for f in classes for name in sorted(os.listdir(f)) if name.lower().endswith(UNREAD)]
-    if odd:
-        what = f"{len(odd)} pictures in {root} are left out, such as {odd[0]}"
-        warn(f"{what}: they lie beside the class folders, or are not of {' '.join(SUFFIXES)}")
+@functools.cache
+def _warn_once(what: str) -> None:
+    """Warn of something the first time only: a folder is listed for each split."""
+    warn(what)
 
 
 def _split(paths: list[str], split: Split) -> list[str]:
     if split == "all" or len(paths) == 1:
         return [] if split == "test" else paths
     return [path for i, path in enumerate(paths) if (i % HOLD_OUT == 0) == (split == "test")]
-
-
-@functools.lru_cache(maxsize=2)
-def _epoch_order(num_images: int, seed: int, epoch: int) -> np.ndarray:
-    return torch.randperm(num_images, generator=generator(seed, epoch, _ORDER_KEY)).numpy()
-
-
-def batch_indices(num_images: int, batch: int, step: int, seed: int) -> np.ndarray:
-    """Images of update ``step``, int64 (batch,): a window on an endless stream of freshly permuted epochs.
-
-    A pure function: each epoch visits every image once, batches may span epochs, and a resume needs no state.
-
-    Raises:
-        ValueError: no images, an empty batch, or a negative step or seed.
-    """
-    if num_images < 1 or batch < 1 or step < 0 or seed < 0:
-        raise ValueError(f"no batch of {batch} out of {num_images} images at step {step} with seed {seed}")
-    epochs, places = np.divmod(np.arange(step * batch, (step + 1) * batch), num_images)
-    parts = [_epoch_order(num_images, seed, int(epoch))[places[epochs == epoch]] for epoch in np.unique(epochs)]
-    return np.concatenate(parts)
-
-
-def random_shift(images: Tensor, shift: int, generator: torch.Generator) -> Tensor:
-    """Translate each image (NCHW) by -shift .. shift whole pixels in y and x; borders are replicated."""
-    return _translate(images, _offsets(len(images), shift, generator))
-
-
-def _offsets(count: int, shift: int, generator: torch.Generator) -> Tensor:
-    """-shift .. shift in y and in x for each image, (2, B, 1)."""
-    return torch.randint(-shift, shift + 1, (2, count, 1), generator=generator, device=generator.device)
-
-
-def _translate(images: Tensor, offsets: Tensor) -> Tensor:
-    batch, channels, height, width = images.shape
-    dy, dx = offsets.to(images.device)
-    rows = (torch.arange(height, device=images.device) + dy).clamp(0, height - 1)
-    columns = (torch.arange(width, device=images.device) + dx).clamp(0, width - 1)
-    n = torch.arange(batch, device=images.device)[:, None, None, None]
-    c = torch.arange(channels, device=images.device)[:, None, None]
-    return images[n, c, rows[:, None, :, None], columns[:, None, None, :]]
-
-
-@torch.no_grad()
-def batch_tokens(
-    data: ImageDataset | LatentDataset, tokenizer: Tokenizer, index: np.ndarray, rows: slice,
-    generator: torch.Generator, shift: int = 0, flip: bool = False,
-) -> Tensor:  # fmt: skip
-    """Tokens (B', L, D), on the generator's device, of the images ``index[rows]``; latents are posterior samples.
-
-    Every random number is drawn for the whole batch and cut to ``rows``, so that the number of processes changes
-    nothing. Only ``index[rows]`` is read.
-
-    Args:
-        data: images, or latents that this tokenizer's autoencoder made. tokenizer: on the generator's device.
-        index: int (B,), the whole batch, see `batch_indices`. rows: this process's part of it.
-        shift: largest translation in pixels, see `random_shift`. flip: mirror each image with probability 1/2.
-
-    Raises:
-        ValueError: latents are to be shifted, or meet a tokenizer of pixels.
-    """
-    count, device = len(index), generator.device
-    own = index[rows]
-    mirrored = torch.zeros(count, dtype=torch.bool)
-    if flip:
-        mirrored = torch.rand(count, generator=generator, device=device) < 0.5
-    mirrored = mirrored[rows]
-    if isinstance(data, LatentDataset):
-        if shift or isinstance(tokenizer, PixelTokenizer):
-            remedy = "they cannot be shifted: set shift to 0" if shift else "give their tokenizer, not pixels"
-            raise ValueError(f"{data.source}, are latents: {remedy}")
-        moments = put(data.moments(own, mirrored.cpu().numpy()), device)
-    else:
-        images = to_float(put(torch.from_numpy(data.images[own]), device))
-        if shift:
-            images = _translate(images, _offsets(count, shift, generator)[:, rows])
-        if flip:
-            images = torch.where(mirrored[:, None, None, None], images.flip(3), images)
-        if isinstance(tokenizer, PixelTokenizer):
-            return tokenizer.encode(images)
-        moments = tokenizer.moments(images.expand(-1, tokenizer.image_channels, -1, -1))
-    shape = (count, moments.shape[1] // 2, *moments.shape[2:])
-    noise = torch.randn(shape, generator=generator, device=device)[rows]
-    return tokenizer.tokens(moments, noise)
-
-
-Read = TypeVar("Read")
-
-
-def prefetch(read: Callable[[int], Read], steps: Iterable[int]) -> Generator[Read, None, None]:
-    """``read(step)`` of each step in turn; the next one is read on a background thread in the meantime.
-
-    ``steps`` is asked for one step more than was handed out. An error of ``read`` is raised in its turn. Closing the
-    iterator waits for the read under way and starts no other. Thread-local modes of PyTorch (no_grad, autocast) are
-    those of a fresh thread.
-    """
-    thread = ThreadPoolExecutor(1, "marval-prefetch")
-    try:
-        coming = None
-        for step in steps:
-            ready, coming = coming, thread.submit(read, step)
-            if ready is not None:
-                yield ready.result()
-        if coming is not None:
-            yield coming.result()
-    finally:
-        thread.shutdown(cancel_futures=True)

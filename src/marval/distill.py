@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from marval import masking, rng
+from marval.batches import batch_indices, batch_tokens
 from marval.checkpoint import save_tensors
 from marval.config import DistillConfig
 from marval.curve import Curve, folder
-from marval.data import ImageDataset, batch_indices, batch_tokens, load_data
+from marval.data import ImageDataset, load_data
 from marval.distributed import connect, template
 from marval.ema import EMA
 from marval.latents import LatentDataset

@@ -24,7 +24,7 @@ def sample_in_turn(
     model: Pipeline, classes: Sequence[int | str | None], num_images: int, seed: int, world: World | None = None, *,
     batch_size: int = 250, title: str = "", each: Callable[[int, np.ndarray], None] | None = None, **settings: Any,
 ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
-    """Images of the classes in turn, drawn by all processes: image i has class i modulo their number.
+    """Draw images of the classes in turn, by all processes: image i has class i modulo the number of classes.
 
     Args:
         each: called with the number of every image and the image, by the process that has drawn it.
@@ -56,7 +56,7 @@ def save_images(
     folder: Path, out: Path, classes: str, num_images: int | None, seed: int, batch_size: int, device: str,
     precision: Literal["auto", "float32", "bf16"], graphs: bool, compile: bool, shard: bool, settings: dict[str, Any],
 ) -> None:  # fmt: skip
-    """`marval sample`: PNG files named by number and class, grid.png and samples.npz in a new folder.
+    """Draw images into a new folder: PNG files named by number and class, grid.png and samples.npz.
 
     Args:
         classes: ``all``, ``none`` (unconditional), or comma-separated indices or names.
@@ -105,7 +105,7 @@ def save_images(
 
     images, labels = sample_in_turn(
         model, asked, count, seed, world, batch_size=batch_size, title="sample", each=save, **settings
-    )  # fmt: skip
+    )
     if world.is_main:
         columns = len(asked) if 1 < len(asked) <= 16 else min(count, 8)
         save_png(out / "grid.png", image_grid(images, columns, scale=max(1, 64 // images.shape[1])))
@@ -120,12 +120,12 @@ def refuse_cache(shard: bool, config: SamplingConfig) -> None:
 
 
 def file_name(class_name: str) -> str:
-    """The name with nothing but letters, digits, _ and -."""
+    """A class name as part of a file name: every run of other characters than letters, digits, _ and - is one _."""
     return re.sub(r"[^\w-]+", "_", class_name)
 
 
 def head_evaluations_per_token(model: Pipeline) -> int:
-    """Rows that the head computes for each token: steps, twice under guidance; the evaluations of a student."""
+    """Rows that the head computes for each token: a teacher's steps, twice with guidance; a student's evaluations."""
     if model.student is not None:
         return model.sampling.evaluations
     return model.sampling.head_steps * (2 if model.sampling.guidance != 1 else 1)

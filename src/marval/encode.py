@@ -18,8 +18,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from marval.batches import prefetch
 from marval.checkpoint import read_json, sha256, write_atomically, write_json
-from marval.data import prefetch, split_folders, stated_licence
+from marval.data import split_folders, stated_licence
 from marval.distributed import World, connect
 from marval.images import THREADS, image_grid, save_png
 from marval.latents import FORMAT, load_latents, read_index
@@ -31,7 +32,7 @@ from marval.tokenizers import LatentTokenizer, load_tokenizer, to_float, to_uint
 PSNR_IMAGES = 64
 """Images, evenly spaced over all, whose reconstructions are compared with them."""
 SHOWN = 8
-"""Of these, in reconstructions.png."""
+"""Images, evenly spaced over those compared, that reconstructions.png shows."""
 
 
 def encode(
@@ -117,7 +118,7 @@ def _encode_split(
 
 
 def _settings(source: str, listing: Listing, codec: LatentTokenizer, shard_size: int) -> dict[str, Any]:
-    """What makes the shards; the same after every interruption."""
+    """Settings on which the shards depend, which must be the same after every interruption."""
     assert codec.folder is not None
     names = hashlib.sha256("".join(f"{e.name}\t{e.label}\n" for e in listing.entries).encode()).hexdigest()
     side = codec.image_size // codec.stride
@@ -169,7 +170,7 @@ def _name(shard: int) -> str:
 
 
 def _sidecar(out: Path, shard: int) -> Path:
-    """File beside a finished shard, until index.json has all."""
+    """The file with the record of a finished shard, which lies beside it until index.json has all records."""
     return out / f"shard-{shard:05d}.json"
 
 
@@ -185,7 +186,7 @@ def _encode_shards(
     entries: Sequence[Entry], codec: LatentTokenizer, out: Path, batch: int, shard_size: int, shards: list[int],
     on_error: str, bar: Any, device: torch.device,
 ) -> int:  # fmt: skip
-    """Write these shards, each with its record; returns the number of images encoded."""
+    """Encode and write shards, each with its record; returns the number of images encoded."""
     parts: list[tuple[int, range]] = []
     for shard in shards:
         stop = min((shard + 1) * shard_size, len(entries))
@@ -221,7 +222,11 @@ def _encode_shards(
 
 @torch.no_grad()
 def _moments(codec: LatentTokenizer, names: list[str], images: list[np.ndarray], device: torch.device) -> np.ndarray:
-    """Moments of images (S, S, 3) and their mirror images, float16 (B, 2, 2C, h, w)."""
+    """Posterior moments of images (S, S, 3) and of their mirror images, float16 (B, 2, 2C, h, w).
+
+    Raises:
+        ValueError: a latent is not finite in float16; names the image.
+    """
     pixels = to_float(torch.from_numpy(np.stack(images)).to(device))
     exact = codec.moments(torch.cat([pixels, pixels.flip(3)])).unflatten(0, (2, len(images))).transpose(0, 1)
     moments = exact.half()
@@ -259,7 +264,7 @@ def _finish(
     out: Path, settings: dict[str, Any], entries: Sequence[Entry], records: Sequence[dict[str, Any] | None],
     codec: LatentTokenizer, batch: int, device: torch.device,
 ) -> None:  # fmt: skip
-    """Labels, index and reconstructions of a folder whose shards are all there."""
+    """Write labels, index and reconstructions into a folder whose shards are all there."""
     shards = [record for record in records if record is not None]
     assert len(shards) == len(records), "a shard has no record"
     bad = [image for shard in shards for image in shard["bad"]]

@@ -40,14 +40,14 @@ INCEPTION_SHA256 = "6726825d"
 
 @dataclass(frozen=True)
 class Features:
-    """Of a batch of images, float32: pooled (B, F), a spatial map (B, S) or None, logits (B, C) or None."""
+    """Features of a batch of images, float32: pooled (B, F), a spatial map (B, S) or None, logits (B, C) or None."""
 
     pooled: Tensor
     spatial: Tensor | None = None
     logits: Tensor | None = None
 
     def parts(self) -> dict[str, Tensor]:
-        """Those that there are, by name."""
+        """Those of the features that there are, by name."""
         return {name: value for name, value in vars(self).items() if value is not None}
 
 
@@ -122,7 +122,7 @@ def load_features(spec: str, device: torch.device | str = "cpu", inception_weigh
 
 
 def _rgb(images: Tensor) -> Tensor:
-    """NHWC with one or three channels -> three."""
+    """Images NHWC with one or three channels -> with three."""
     return images.expand(*images.shape[:3], 3)
 
 
@@ -241,16 +241,14 @@ def inception_features(weights: str, device: torch.device) -> FeatureNetwork:
 
 
 def published_features(path: Path, device: torch.device) -> FeatureNetwork:
-    """See `PublishedClassifier`."""
+    """Features and logits of a published classifier, see `PublishedClassifier`."""
     network = PublishedClassifier.load(path).to(device)
 
     def run(images: Tensor) -> Features:
         spatial, pooled, logits = network.outputs(to_float(images))
         return Features(pooled, spatial, logits)
 
-    return FeatureNetwork(
-        network.name, network.preprocessing, sha256(path)[:16], network.class_names, device, run
-    )  # fmt: skip
+    return FeatureNetwork(network.name, network.preprocessing, sha256(path)[:16], network.class_names, device, run)
 
 
 # ---- a user's function

@@ -12,9 +12,9 @@ from marval.checkpoint import write_atomically
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 UNREAD = (".gif", ".tif", ".tiff", ".avif", ".heic", ".jfif", ".jp2")
-"""Of pictures too, which must be converted first."""
+"""Picture formats that are not read; users must convert them."""
 THREADS = min(16, os.cpu_count() or 1)
-"""That decode image files."""
+"""Threads that decode image files."""
 
 
 def is_image(name: str) -> bool:
@@ -22,13 +22,18 @@ def is_image(name: str) -> bool:
     return name.lower().endswith(SUFFIXES) and not name.startswith(".")
 
 
-def images_below(folder: Path) -> list[str]:
-    """Paths of the images in a folder and its visible sub-folders, sorted."""
+def files_below(folder: Path) -> list[str]:
+    """Paths of the visible files in a folder and its visible sub-folders, sorted."""
     found = []
     for parent, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [os.path.join(parent, name) for name in names if is_image(name)]
+        found += [os.path.join(parent, name) for name in names if not name.startswith(".")]
     return sorted(found)
+
+
+def images_below(folder: Path) -> list[str]:
+    """Paths of the images in a folder and its visible sub-folders, sorted."""
+    return [path for path in files_below(folder) if is_image(os.path.basename(path))]
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
@@ -47,7 +52,11 @@ def square(image: Image.Image, size: int) -> np.ndarray:
 
 
 def open_image(path: str) -> Image.Image:
-    """`decode_image` of a file."""
+    """An image file, decoded.
+
+    Raises:
+        ValueError: it cannot be read, or as `decode_image`.
+    """
     try:
         data = Path(path).read_bytes()
     except OSError as error:
@@ -88,7 +97,14 @@ def decode_image(data: bytes, path: str) -> Image.Image:
 
 
 def read_equal(paths: list[str], image_size: int | None, squares: bool) -> np.ndarray:
-    """Images as one uint8 NHWC array: C = 1 if all are grey, else 3."""
+    """Read images of one size into one uint8 NHWC array: C = 1 if all are grey, else 3.
+
+    Args:
+        image_size: centre-crop to squares of this size. squares: without it, refuse images that are not square.
+
+    Raises:
+        ValueError: an unreadable image, or one of another size; names the file.
+    """
     arrays: list[np.ndarray] = []
     for path in paths:
         image = open_image(path)
@@ -122,7 +138,7 @@ class LazyImages:
         return len(self.paths)
 
     def __getitem__(self, index: np.ndarray) -> np.ndarray:
-        """The images at int (B,), uint8 (B, S, S, 3); a bad file is a ValueError that names it."""
+        """The images at positions int (B,), uint8 (B, S, S, 3); a bad file is a ValueError that names it."""
         return np.stack(list(self.threads.map(self._read, index)))
 
     def _read(self, i: int) -> np.ndarray:

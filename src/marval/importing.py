@@ -231,9 +231,7 @@ def import_taesd(encoder: Path, decoder: Path, out: Path) -> str:
         raise ValueError(f"{encoder} makes {latent_channels} channels, {decoder} takes {wanted}: give two of one model")
     pool = any(".pool." in name for name in (*down, *up))
     with torch.device("meta"):
-        model = TAESD(
-            latent_channels, encoder_blocks, decoder_blocks, width, decoder_width, image_channels, pool
-        )  # fmt: skip
+        model = TAESD(latent_channels, encoder_blocks, decoder_blocks, width, decoder_width, image_channels, pool)
     load_strictly(model.encoder.to_empty(device="cpu"), down, str(encoder))
     load_strictly(model.decoder.to_empty(device="cpu"), up, f"{decoder} (layers from 0)")
     config = {

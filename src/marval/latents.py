@@ -29,8 +29,8 @@ class LatentDataset:
 
     Attributes:
         labels: int64 (N,). class_names: one per class. source, licence: where the images are from, and their terms.
-        image_size: of the encoded squares, in pixels. tokenizer_folder: the autoencoder that encoded them.
-        folders: that hold the shards. shards: memory maps, float16 (n, 2, 2C, h, w).
+        image_size: side of the encoded squares, in pixels. tokenizer_folder: the autoencoder that encoded them.
+        folders: where the shards are. shards: memory maps, float16 (n, 2, 2C, h, w).
     """
 
     labels: np.ndarray
@@ -46,7 +46,7 @@ class LatentDataset:
         return len(self.labels)
 
     def moments(self, index: np.ndarray, mirrored: np.ndarray) -> Tensor:
-        """Mean ++ log-variance, float32 (B, 2C, h, w), of images: int (B,), mirrored or not: bool (B,)."""
+        """Posterior mean ++ log-variance, float32 (B, 2C, h, w), of images: int (B,), mirrored or not: bool (B,)."""
         ends = np.cumsum([len(shard) for shard in self.shards])
         of_shard = np.searchsorted(ends, index, side="right")
         result = np.empty((len(index), *self.shards[0].shape[2:]), np.float32)
@@ -56,7 +56,7 @@ class LatentDataset:
         return torch.from_numpy(result)
 
     def verify(self) -> None:
-        """Read every file and compare its checksum.
+        """Read every file of the latents and compare its checksum.
 
         Raises:
             ValueError: names the first damaged file.
@@ -68,7 +68,7 @@ class LatentDataset:
 
 
 def checksums(index: dict[str, Any]) -> dict[str, str]:
-    """Checksum of each data file that an index lists."""
+    """Checksums of the data files that an index lists, by file name."""
     return {"labels.npy": index["labels_sha256"], **{shard["file"]: shard["sha256"] for shard in index["shards"]}}
 
 
@@ -128,7 +128,7 @@ def load_latents(root: Path, split: Split = "train", classes: Classes = "folders
 
 
 def _map(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
-    """A memory-mapped .npy that must have this type and shape."""
+    """Map a .npy file into memory; raises ValueError unless it has this type and shape."""
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:

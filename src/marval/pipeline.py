@@ -1,10 +1,7 @@
 """A model as users meet it: network, tokenizer, class names and sampling defaults, loaded from one folder."""
 
-import dataclasses
-import difflib
 import functools
-import numbers
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,47 +9,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from marval import masking, sampling
-from marval.checkpoint import load_strictly, load_tensors, read_json, read_raw_weights, save_tensors, write_json
-from marval.config import MARConfig, SamplingConfig, StudentConfig, check, from_dict, to_dict
+from marval import arguments, masking, sampling
+from marval.config import SamplingConfig, StudentConfig
 from marval.devices import device_named
 from marval.diffusion import cosine_schedule, respace
 from marval.graphs import Call, Graphs, plainly
-from marval.models.autoencoders import CONFIG, link_autoencoder
+from marval.model_files import Model, read_model, write_model
 from marval.models.cpu import use_onednn
 from marval.models.mar import MAR
 from marval.rng import ImageNoise
-from marval.shipped import autoencoder_folder, model_folder
-from marval.tokenizers import (
-    NO_IMAGES,
-    LatentTokenizer,
-    Tokenizer,
-    to_float,
-    to_uint8,
-    tokenizer_from_dict,
-    tokenizer_to_dict,
-)
+from marval.shipped import model_folder
+from marval.tokenizers import NO_IMAGES, Tokenizer, to_float, to_uint8
 
-FORMAT = 1
 DECODED = 256
 """Images that an autoencoder decodes at a time: its maps are the largest tensors there are."""
-
-
-def read_config(folder: Path) -> tuple[MARConfig, StudentConfig | None, dict[str, Any]]:
-    """Sizes of the network of a model's folder, how it is evaluated if it is a student, and the whole config.json.
-
-    Raises:
-        ValueError: there is no config.json of marval; names the file.
-    """
-    file = folder / "config.json"
-    config = read_json(file)
-    if not isinstance(config, dict) or config.get("format") != FORMAT or "model" not in config:
-        raise ValueError(f"{file} does not describe a marval model (format {FORMAT})")
-    try:
-        student = None if config["student"] is None else from_dict(StudentConfig, config["student"])
-        return from_dict(MARConfig, config["model"]), student, config
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"{file}: {error}") from None
 
 
 class Pipeline:
@@ -136,35 +106,8 @@ class Pipeline:
             ValueError: something is missing, damaged or does not fit, or there is no such device; the message names
                 the file and the tensor, or the device.
         """
-        path = model_folder(path)
-        device = device_named(device)
-        check(weights in ("ema", "raw"), f"unknown weights {weights!r}: choose ema or raw")
-        check(dtype in ("float32", "bf16"), f"unknown dtype {dtype!r}: choose float32 or bf16")
-        sizes, student, config = read_config(path)
-        try:
-            with torch.device("meta"):  # the weights follow: none are drawn
-                network = MAR(sizes, bool(student and student.guidance_range))
-            folder = autoencoder_folder(path)
-            tokenizer = tokenizer_from_dict(config["tokenizer"], folder if (folder / CONFIG).exists() else None)
-            sampling_defaults = from_dict(SamplingConfig, config["sampling"])
-            names = config["class_names"]
-            check(
-                (tokenizer.grid, tokenizer.token_dim) == (sizes.grid, sizes.token_dim),
-                f"the tokenizer makes {tokenizer.grid}x{tokenizer.grid} tokens of {tokenizer.token_dim}, "
-                f"the model takes {sizes.grid}x{sizes.grid} of {sizes.token_dim}",
-            )
-            check(len(names) == sizes.num_classes, f"{len(names)} class names for {sizes.num_classes} classes")
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path / 'config.json'}: {error}") from None
-        file, provenance = path / "model.safetensors", config.get("provenance") or {}
-        if weights == "ema":
-            tensors = load_tensors(file)
-        else:
-            tensors, file, provenance = read_raw_weights(path), path / "checkpoint.pt", provenance | {"weights": "raw"}
-        load_strictly(network.to_empty(device="cpu"), tensors, str(file))
-        if dtype == "bf16":
-            network.to_bf16()
-        return cls(network, tokenizer, names, sampling_defaults, student, provenance).to(device)
+        path, device = model_folder(path), device_named(device)
+        return cls(*read_model(path, weights, dtype)).to(device)
 
     def save(self, path: str | Path, half: bool = False) -> None:
         """Write ``config.json`` and ``model.safetensors`` into the folder, each atomically, and link the autoencoder's
@@ -173,22 +116,8 @@ class Pipeline:
         A model that is there is replaced. What else a run left there stays, such as the ``scores.safetensors`` from
         which RL goes on: save a model that you changed in a folder of its own.
         """
-        path = Path(path)
-        path.mkdir(parents=True, exist_ok=True)
-        if isinstance(self.tokenizer, LatentTokenizer) and self.tokenizer.folder is not None:
-            link_autoencoder(self.tokenizer.folder, path / "tokenizer")
-        tensors = self.network.state_dict()
-        save_tensors(path / "model.safetensors", {name: x.half() if half else x for name, x in tensors.items()})
-        config = {
-            "format": FORMAT,
-            "model": to_dict(self.network.config),
-            "student": None if self.student is None else to_dict(self.student),
-            "tokenizer": tokenizer_to_dict(self.tokenizer),
-            "sampling": to_dict(self.sampling),
-            "class_names": self.class_names,
-            "provenance": self.provenance,
-        }
-        write_json(path / "config.json", config)
+        model = Model(self.network, self.tokenizer, self.class_names, self.sampling, self.student, self.provenance)
+        write_model(Path(path), model, half)
 
     # ---- arguments
 
@@ -198,23 +127,7 @@ class Pipeline:
         Raises:
             ValueError: unknown class.
         """
-        if name is None:
-            return self.network.config.num_classes
-        if isinstance(name, str) and name in self.class_names:
-            return self.class_names.index(name)
-        lower = {known.lower(): index for index, known in enumerate(self.class_names)}
-        if isinstance(name, str) and name.lower() in lower:
-            return lower[name.lower()]
-        index, number = -1, name.item() if isinstance(name, Tensor) else name
-        if isinstance(number, numbers.Integral) or (isinstance(number, str) and number.strip().isdecimal()):
-            index = int(number)
-        if not 0 <= index < len(self.class_names):
-            near = [self.class_names[lower[word]] for word in difflib.get_close_matches(str(name).lower(), lower, n=3)]
-            meant = f" (did you mean {' or '.join(map(repr, near))}?)" if near else ""
-            some = "" if near else ", such as " + ", ".join(self.class_names[:12])
-            indices = f"an index in [0, {len(self.class_names) - 1}]"
-            raise ValueError(f"unknown class {name!r}{meant}: give {indices} or a name{some}")
-        return index
+        return self.network.config.num_classes if name is None else arguments.class_index(name, self.class_names)
 
     def settings(self, **overrides: Any) -> SamplingConfig:
         """The sampling defaults with every override that is not None, checked against this model.
@@ -222,34 +135,10 @@ class Pipeline:
         Raises:
             ValueError: a value is out of range, or this model cannot serve it.
         """
-        given = {name: value for name, value in overrides.items() if value is not None}
-        config = dataclasses.replace(self.sampling, **given)
-        masking.masked_counts(self.network.config.num_tokens, config.ar_steps)
-        respace(self.schedule, config.head_steps)
-        if self.student is not None:
-            if chain := [name for name in ("head_steps", "solver") if name in given]:
-                raise ValueError(f"{chain[0]} is for teachers: a student takes evaluations")
-            self.student.timesteps(config.evaluations)
-        elif config.evaluations > 1:
-            raise ValueError(f"evaluations {config.evaluations} is for students: a teacher takes head_steps")
-        elif config.solver == "ddim" and given.get("temperature", 1) != 1:
-            raise ValueError(f"ddim adds no noise, so temperature {config.temperature} does nothing: leave it out")
+        num_tokens = self.network.config.num_tokens
+        config = arguments.sampling_settings(self.sampling, overrides, self.student, num_tokens, self.schedule)
         if config.refresh_every > 1 and self.call is not plainly:
             raise ValueError(f"refresh_every {config.refresh_every} does not work with CUDA graphs: use one of them")
-        if self.student is not None:
-            if self.student.guidance_range is None:
-                if config.guidance != self.student.guidance or config.guidance_schedule != "constant":
-                    raise ValueError(
-                        f"this student was distilled for a constant guidance of {self.student.guidance}, not for "
-                        f"{config.guidance} ({config.guidance_schedule}): distil with a guidance range to choose freely"
-                    )
-            else:
-                low, high = self.student.guidance_range
-                linear = config.guidance_schedule == "linear"
-                scales = (1.0, config.guidance) if linear else (config.guidance,)
-                if not low <= min(scales) <= max(scales) <= high:
-                    way = "1 to " * linear
-                    raise ValueError(f"this student serves guidance in [{low}, {high}], got {way}{config.guidance}")
         return config
 
     def require_images(self) -> None:
@@ -312,12 +201,10 @@ class Pipeline:
 
     def to_images(self, tokens: Tensor, call: Call | None = None) -> Tensor:
         """Tokens (B, L, D) -> uint8 NHWC images, on their device. ``call``: in place of the model's own."""
-        decode = functools.partial(
-            call or self.call, "images", lambda some: to_uint8(self.tokenizer.decode(some))
-        )  # fmt: skip
+        decode = functools.partial(call or self.call, "images", lambda some: to_uint8(self.tokenizer.decode(some)))
         return torch.cat([decode(some) for some in tokens.split(DECODED)])
 
-    @torch.no_grad()
+    @torch.no_grad()  # not inference_mode as in `sample`: autograd refuses to work with a tensor made in that
     def sample_tokens(
         self, classes: Sequence[int | str | None] | int | str | None = None, *, num_images: int | None = None,
         seed: int = 0, first_image: int = 0, batch_size: int = 64, order: str | Sequence[int] | Tensor | None = None,
@@ -326,90 +213,44 @@ class Pipeline:
         """As `sample`, without decoding: tokens (num_images, L, D) float32 on the CPU."""
         batches = self._token_batches(
             classes, num_images, seed, first_image, batch_size, order, images, keep, **settings
-        )  # fmt: skip
+        )
         return torch.from_numpy(_in_order([(rows, tokens.float().cpu().numpy()) for rows, tokens in batches]))
 
     def _token_batches(
         self, classes: Any, num_images: int | None, seed: int, first_image: int, batch_size: int, order: Any,
         images: np.ndarray | None, keep: Any,
         each_ar_step: Callable[[list[int], Tensor, Tensor], object] | None = None, **overrides: Any,
-    ):  # fmt: skip
-        named_order = order if isinstance(order, str) else None
-        config = self.settings(order=named_order, **overrides)
-        counts = {"seed": seed, "first_image": first_image, "batch_size": batch_size, "num_images": num_images}
-        for name, count in counts.items():
-            if count is not None and not isinstance(count, numbers.Integral):
-                raise ValueError(f"{name} must be an integer, got {count!r}")
-        if seed < 0 or first_image < 0:
-            raise ValueError(f"seed and first_image must not be negative, got {seed} and {first_image}")
-        if batch_size < 1:
-            raise ValueError(f"the batch size must be at least 1, got {batch_size}")
-        if isinstance(classes, np.ndarray | Tensor) and not classes.ndim:
-            classes = classes.item()
-        given: list[Any] = (
-            list(classes) if isinstance(classes, Iterable) and not isinstance(classes, str) else [classes]
-        )
-        if not given:
-            raise ValueError("classes is empty: give at least one, or None for unconditional images")
-        if num_images is None:
-            num_images = len(given) if images is None else len(images)
-            if num_images < len(given):
-                raise ValueError(f"{len(given)} classes for {num_images} images to inpaint: give as many images")
-        if num_images < 1:
-            raise ValueError(f"the number of images must be at least 1, got {num_images}")
-        labels = [self.label(given[i % len(given)]) for i in range(num_images)]
-        orders = None if order is None or named_order else self._given_orders(order, num_images)
-        known, kept = self._inpainting(images, keep, num_images, batch_size)
+    ) -> Iterator[tuple[list[int], Tensor]]:  # fmt: skip
+        """Check the arguments of `sample`; then, batch by batch, numbers of images and their tokens (B, L, D)."""
+        config = self.settings(order=order if isinstance(order, str) else None, **overrides)
+        arguments.check_counts(seed, first_image, batch_size, num_images)
+        images = None if images is None else np.asarray(images)
+        labels = [self.label(name) for name in arguments.class_of_each(classes, num_images, images)]
+        num_images, orders = len(labels), None
+        if order is not None and not isinstance(order, str):
+            orders = arguments.given_orders(order, self.network.config.num_tokens, num_images)
+        kept = arguments.kept_tokens(images, keep, num_images, self.tokenizer)
+        known = None if images is None else self._encode(images, batch_size)
 
-        kept_counts = kept.sum(1).tolist()
-        for count in sorted(set(kept_counts)):  # static shapes: images with equally many known tokens go together
-            rows = [i for i in range(num_images) if kept_counts[i] == count]
-            for start in range(0, len(rows), batch_size):
-                batch = rows[start : start + batch_size]
-                tokens = self.draw_batch(
-                    config, torch.tensor([labels[i] for i in batch]),
-                    ImageNoise(seed, [first_image + i for i in batch], self.device),
-                    None if orders is None else orders[batch],
-                    None if known is None else known[batch], kept[batch],
-                    None if each_ar_step is None else functools.partial(each_ar_step, batch),
-                )  # fmt: skip
-                if not tokens.isfinite().all():
-                    raise FloatingPointError(
-                        f"tokens came out that are not finite (seed {seed}, image {first_image + batch[0]} and on): "
-                        "if the weights are finite, draw in float32"
-                    )
-                yield batch, tokens
+        for batch in _batches(kept.sum(1).tolist(), batch_size):
+            tokens = self.draw_batch(
+                config, torch.tensor([labels[i] for i in batch]),
+                ImageNoise(seed, [first_image + i for i in batch], self.device),
+                None if orders is None else orders[batch],
+                None if known is None else known[batch], kept[batch],
+                None if each_ar_step is None else functools.partial(each_ar_step, batch),
+            )  # fmt: skip
+            if not tokens.isfinite().all():
+                raise FloatingPointError(
+                    f"tokens came out that are not finite (seed {seed}, image {first_image + batch[0]} and on): "
+                    "if the weights are finite, draw in float32"
+                )
+            yield batch, tokens
 
-    def _given_orders(self, order: Any, num_images: int) -> Tensor:
-        orders = masking.check_order(torch.as_tensor(order), self.network.config.num_tokens)
-        if orders.ndim == 2 and len(orders) != num_images:
-            raise ValueError(f"give one order, or one for each of the {num_images} images; got {len(orders)}")
-        return orders.expand(num_images, -1)
-
-    def _inpainting(
-        self, images: np.ndarray | None, keep: Any, num_images: int, batch_size: int
-    ) -> tuple[Tensor | None, Tensor]:
-        grid, length = self.network.config.grid, self.network.config.num_tokens
-        if (images is None) != (keep is None):
-            raise ValueError("inpainting needs both images and keep")
-        if images is None:
-            return None, torch.zeros(num_images, length, dtype=torch.bool)
-        images, size = np.asarray(images), self.tokenizer.image_size
-        shape = (num_images, size, size, self.tokenizer.image_channels)
-        if images.dtype != np.uint8 or images.shape != shape:
-            raise ValueError(f"images must be uint8 NHWC {shape}; got {images.dtype} {images.shape}")
-        kept = torch.as_tensor(keep)
-        if not ((kept == 0) | (kept == 1)).all():
-            raise ValueError("keep must be True or False for each token, not a share of it")
-        kept = kept.bool().cpu()
-        if tuple(kept.shape) not in ((grid, grid), (num_images, grid, grid)):
-            raise ValueError(f"keep must be a ({grid}, {grid}) mask of tokens, or one per image; got {kept.shape}")
-        parts = [
-            self.tokenizer.encode(to_float(torch.from_numpy(images[start : start + batch_size])).to(self.device))
-            for start in range(0, num_images, batch_size)
-        ]
-        known = torch.cat(parts)
-        return known, kept.reshape(-1, length).expand(num_images, -1)
+    def _encode(self, images: np.ndarray, batch_size: int) -> Tensor:
+        """uint8 NHWC -> tokens (N, L, D) on the model's device, so many images at a time."""
+        parts = (torch.from_numpy(images[start : start + batch_size]) for start in range(0, len(images), batch_size))
+        return torch.cat([self.tokenizer.encode(to_float(part).to(self.device)) for part in parts])
 
     def draw_batch(
         self, config: SamplingConfig, labels: Tensor, noise: ImageNoise, orders: Tensor | None = None,
@@ -470,6 +311,13 @@ class Pipeline:
             return sampling.diffusion_chain(head, schedule, noise, config.solver, config.temperature, clamp)
         times = self.student.timesteps(config.evaluations)
         return sampling.few_evaluations(head, self.schedule, times, noise, config.temperature, clamp, self.call)
+
+
+def _batches(num_kept: list[int], size: int) -> Iterator[list[int]]:
+    """Numbers of images, batch by batch; images of one batch keep equally many tokens, for shapes are static."""
+    for count in sorted(set(num_kept)):
+        rows = [i for i, kept in enumerate(num_kept) if kept == count]
+        yield from (rows[start : start + size] for start in range(0, len(rows), size))
 
 
 def _in_order(parts: list[tuple[list[int], np.ndarray]]) -> np.ndarray:

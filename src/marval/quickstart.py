@@ -16,10 +16,11 @@ from marval import recipes
 from marval.bench import seconds_per_image
 from marval.checkpoint import read_json, save_arrays, write_json
 from marval.config import DistillConfig, RLConfig, TrainConfig, check, filled, to_dict
-from marval.data import image_grid, load_dataset, save_png
+from marval.data import load_dataset
 from marval.distill import distill, make_student
 from marval.draw import head_evaluations_per_token, sample_in_turn
 from marval.features import FeatureNetwork, classifier_features
+from marval.images import image_grid, save_png
 from marval.measure import weights_digest
 from marval.metrics import Moments, frechet_distance, moments_of
 from marval.models.classifier import Classifier, train_classifier

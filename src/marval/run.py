@@ -24,11 +24,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from marval import __version__
+from marval.batches import prefetch
 from marval.checkpoint import load_state, read_json, save_state, sha256, write_atomically, write_json
 from marval.config import RunConfig, filled, to_dict
-from marval.data import ImageDataset, LazyImages, prefetch
+from marval.data import ImageDataset
 from marval.distributed import World, restore, whole_state
-from marval.images import save_png
+from marval.images import LazyImages, save_png
 from marval.latents import LatentDataset
 from marval.log import Tracker, check_tracker, tracker_of
 from marval.shipped import classifier_folder

@@ -17,7 +17,7 @@ MAR_SCALE = 0.2325
 
 
 def patchify(x: Tensor, patch_size: int) -> Tensor:
-    """(B, C, H, W) -> (B, H W / p^2, C p^2), channel-major within a token, as the reference MAR."""
+    """Cut (B, C, H, W) into patches (B, H W / p^2, C p^2), channel-major within a patch, as the reference MAR."""
     batch, channels, height, width = x.shape
     p = patch_size
     x = x.reshape(batch, channels, height // p, p, width // p, p)
@@ -25,7 +25,7 @@ def patchify(x: Tensor, patch_size: int) -> Tensor:
 
 
 def unpatchify(tokens: Tensor, patch_size: int) -> Tensor:
-    """Inverse of `patchify` for a square grid."""
+    """Put the patches of `patchify` together again, for a square grid: (B, L, D) -> (B, D / p^2, H, W)."""
     batch, length, dim = tokens.shape
     p, grid = patch_size, round(length**0.5)
     x = tokens.reshape(batch, grid, grid, dim // (p * p), p, p)
@@ -61,11 +61,11 @@ class PixelTokenizer:
 
     @property
     def has_images(self) -> bool:
-        """Always."""
+        """Pixels can always be decoded."""
         return True
 
     def to(self, device: torch.device | str) -> "PixelTokenizer":
-        """There is nothing to move."""
+        """Nothing: pixel patches have no weights to move."""
         return self
 
     @property
@@ -86,6 +86,7 @@ NO_IMAGES = (
     "this model works on latents of an autoencoder that is not in its folder: use sample_tokens() in Python, "
     "or import it again with --tokenizer"
 )
+"""Message where latents cannot be decoded."""
 
 
 @dataclass(kw_only=True)
@@ -98,7 +99,7 @@ class LatentTokenizer:
 
     image_size: int
     channels: int
-    """Of the latents."""
+    """Channels of the latents."""
     patch_size: int
     stride: int
     """Pixels per latent, along each side."""
@@ -130,14 +131,15 @@ class LatentTokenizer:
 
     @property
     def token_range(self) -> tuple[float, float] | None:
-        """Where the chain is clamped: an undertrained teacher of latents goes astray without (docs/LOG.md)."""
+        """Bounds of a token's entries, if known. Chains are clamped to them: of latents, an undertrained teacher goes
+        astray without (docs/LOG.md)."""
         if self.magnitude is None:
             return None
         return (-self.magnitude - self.shift) * self.scale, (self.magnitude - self.shift) * self.scale
 
     @property
     def has_images(self) -> bool:
-        """Whether the autoencoder is at hand."""
+        """Whether tokens can be decoded: the autoencoder is at hand."""
         return self.folder is not None
 
     def to(self, device: torch.device | str) -> "LatentTokenizer":
@@ -167,7 +169,7 @@ class LatentTokenizer:
             return autoencoder.moments(images.float())
 
     def tokens(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Tokens (B, L, D) of `moments`: of a draw from the posterior with noise (B, C, h, w), or of its mode."""
+        """Tokens (B, L, D) of posterior moments: of a draw with noise (B, C, h, w), or without it of the mode."""
         latents, logvar = moments.chunk(2, dim=1)
         if noise is not None:
             latents = latents + torch.exp(0.5 * logvar) * noise
@@ -234,13 +236,13 @@ def _from_hub(spec: str) -> Path:
 
 
 def tokenizer_to_dict(tokenizer: Tokenizer) -> dict[str, Any]:
-    """JSON form, with its ``kind``."""
+    """A tokenizer as JSON: its ``kind``, and its fields but the folder."""
     kind = "pixels" if isinstance(tokenizer, PixelTokenizer) else "latents"
     return {"kind": kind, **{f.name: getattr(tokenizer, f.name) for f in fields(tokenizer) if f.name != "folder"}}
 
 
 def tokenizer_from_dict(values: dict[str, Any], folder: Path | None = None) -> Tokenizer:
-    """Inverse of `tokenizer_to_dict`, with the autoencoder in ``folder``, if there is one.
+    """The tokenizer of what `tokenizer_to_dict` made, with the autoencoder in ``folder``, if there is one.
 
     Raises:
         ValueError: an unknown kind; the folder holds an autoencoder of another shape.
@@ -275,10 +277,10 @@ def recommended_head_width(token_dim: int) -> int:
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """Float NCHW in [0, 1] -> uint8 NHWC."""
+    """Images float NCHW in [0, 1] -> uint8 NHWC."""
     return (images * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
 def to_float(images: Tensor) -> Tensor:
-    """uint8 NHWC -> float NCHW in [0, 1]."""
+    """Images uint8 NHWC -> float NCHW in [0, 1]."""
     return images.permute(0, 3, 1, 2).float() / 255

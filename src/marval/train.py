@@ -7,12 +7,14 @@ import torch
 from torch import Tensor
 
 from marval import masking, rng
+from marval.batches import batch_indices, batch_tokens
 from marval.config import MARConfig, TrainConfig
 from marval.curve import Curve, folder
-from marval.data import ImageDataset, batch_indices, batch_tokens, image_grid, load_data
+from marval.data import ImageDataset, load_data
 from marval.diffusion import Schedule, cosine_schedule, denoising_loss, q_sample
 from marval.distributed import connect, template
 from marval.ema import EMA
+from marval.images import image_grid
 from marval.latents import LatentDataset
 from marval.models.mar import MAR, gather_tokens
 from marval.pipeline import Pipeline

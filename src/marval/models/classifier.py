@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from marval.batches import batch_indices, prefetch, random_shift
 from marval.checkpoint import load_strictly, load_tensors, read_json, save_tensors, write_json
 from marval.config import check, from_dict, to_dict
-from marval.data import ImageDataset, batch_indices, prefetch, random_shift
+from marval.data import ImageDataset
 from marval.rng import generator, put
 from marval.shipped import classifier_folder
 from marval.tokenizers import to_float
@@ -209,9 +210,7 @@ def train_classifier(
         return put(images, device), put(torch.from_numpy(dataset.labels[rows]), device)
 
     ahead = prefetch if torch.device(device).type == "cuda" else map  # a GPU would wait for the noise
-    batches = tqdm(
-        ahead(read, range(steps)), total=steps, desc=f"classifier ({arch})", disable=not progress, delay=2
-    )  # fmt: skip
+    batches = tqdm(ahead(read, range(steps)), total=steps, desc=f"classifier ({arch})", disable=not progress, delay=2)
     for images, labels in batches:
         loss = F.cross_entropy(classifier(images), labels, label_smoothing=label_smoothing)
         optimizer.zero_grad()
