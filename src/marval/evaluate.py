@@ -46,9 +46,10 @@ from marval.reference import (
     split_of,
 )
 from marval.reward_files import check_files, code_of, listed, parts_of
-from marval.rewards import BaseReward, UserReward, class_prompts, load_reward, score
+from marval.rewards import UserReward, class_prompts, load_reward
 from marval.rng import generator
 from marval.run import digest_of, new_folder, versions, writable_folder
+from marval.scoring import BaseReward, score
 from marval.shipped import model_folder
 from marval.tables import check_matplotlib, one_line, pair_table, paired, plot, result_table, sweep_table
 from marval.tokenizers import to_float, to_uint8
