@@ -16,8 +16,9 @@ from marval.costs import Work
 from marval.diffusion import respace
 from marval.matching import ScoreMatching, copy_network, draw_noise, load_scores
 from marval.pipeline import Pipeline
-from marval.rewards import Reward, class_prompts
+from marval.rewards import class_prompts
 from marval.rng import ImageNoise, generator
+from marval.scoring import Reward
 from marval.update import autocast
 
 

@@ -49,9 +49,10 @@ from marval.measure import weights_digest
 from marval.monitor import Monitor
 from marval.pipeline import Pipeline
 from marval.reference import Reference, load_reference
-from marval.rewards import Reward, class_prompts, load_reward
+from marval.rewards import class_prompts, load_reward
 from marval.rng import generator
 from marval.run import versions
+from marval.scoring import Reward
 from marval.tokenizers import to_float, to_uint8
 from marval.update import autocast
 

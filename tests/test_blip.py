@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from marval.models.blip import ImageReward
 from marval.models.mar import Block
-from marval.rewards import check_reward, load_reward
+from marval.reward_checks import check_reward
+from marval.rewards import load_reward
 from marval.tokenizers import to_float
 
 transformers = pytest.importorskip("transformers")

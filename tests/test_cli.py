@@ -203,6 +203,13 @@ def test_interrupt_says_how_to_go_on(tmp_path: Path):
         (["train-classifier", "--data", "digits", "--epochs", "0", "--out", "x"], ["epochs 0"]),
         (["import-mar", "nowhere.pth", "--heads", "2", "--out", "x"], ["nowhere.pth does not exist"]),
         (["quickstart", "--num-images", "5", "--out", "x"], ["num_images", "100", "5"]),
+        (["quickstart", "--train.seed", "5", "--out", "x"], ["quickstart: --train.seed 5", "give --seed 5"]),
+        (["quickstart", "--distill.seed", "5", "--seed", "6", "--out", "x"], ["--distill.seed 5", "give --seed 5"]),
+        (["quickstart", "--rl.seed", "5", "--out", "x"], ["--rl.seed 5", "give --seed 5"]),
+        (["quickstart", "--rl.classifier", "net", "--out", "x"], ["--rl.classifier net: ", "marval rl"]),
+        (["quickstart", "--rl.judge", "net", "--out", "x"], ["--rl.judge net: ", "marval rl"]),
+        (["quickstart", "--train.data", "mine", "--out", "x"], ["--train.data mine: ", "marval train"]),
+        (["quickstart", "--distill.data", "mine", "--out", "x"], ["--distill.data mine: ", "marval distill"]),
     ],
 )
 def test_refused_settings(

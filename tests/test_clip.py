@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from marval.models.clip import Clip
+from marval.reward_checks import check_reward
 from marval.reward_files import check_files
-from marval.rewards import check_reward, load_reward
+from marval.rewards import load_reward
 from marval.tokenizers import to_float
 
 transformers = pytest.importorskip("transformers")

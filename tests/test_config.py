@@ -1,10 +1,21 @@
 """Settings are checked at construction, whatever made them."""
 
+import json
 from typing import Any
 
 import pytest
 
-from marval.config import DistillConfig, EvaluateConfig, GSIMConfig, MARConfig, RLConfig, StudentConfig, TrainConfig
+from marval.config import (
+    DistillConfig,
+    EvaluateConfig,
+    GSIMConfig,
+    MARConfig,
+    RLConfig,
+    StudentConfig,
+    TrainConfig,
+    from_dict,
+    to_dict,
+)
 
 
 @pytest.mark.parametrize(
@@ -23,6 +34,13 @@ from marval.config import DistillConfig, EvaluateConfig, GSIMConfig, MARConfig, 
         (StudentConfig, {"guidance_range": (1.0,)}, r"guidance_range must be 2 numbers, got \(1.0,\)"),
         (StudentConfig, {"guidance_range": (1.0, None)}, "guidance_range must be a number, got None"),
         (GSIMConfig, {"t_range": (20.5, 950)}, "t_range must be an integer, got 20.5"),
+        (TrainConfig, {"flip": "no"}, "flip must be True or False, got 'no'"),
+        (TrainConfig, {"data": 3}, "data must be a string, got 3"),
+        (TrainConfig, {"steps": True}, "steps must be an integer, got True"),
+        (TrainConfig, {"lr": True}, "lr must be a number, got True"),
+        (TrainConfig, {"model": {"width": 64}}, "model must be a MARConfig, got {'width': 64}"),
+        (GSIMConfig, {"t_range": (False, 950)}, "t_range must be an integer, got False"),
+        (EvaluateConfig, {"order": 3}, "order must be a string, got 3"),
     ],
 )
 def test_a_value_of_another_type(kind: Any, changes: dict[str, Any], message: str):
@@ -34,3 +52,10 @@ def test_what_is_as_good():
     """Lists for pairs, whole numbers for others, None where it means something, and no limit on gradients."""
     assert StudentConfig(guidance=2, guidance_range=[1, 3]) == StudentConfig(guidance=2.0, guidance_range=(1.0, 3.0))  # pyright: ignore
     assert TrainConfig(lr=1, clip_grad=float("inf")).eval_head_steps is None
+
+
+def test_settings_come_back_from_json():
+    settings = StudentConfig(guidance_range=(1.0, 3.0))
+    assert from_dict(StudentConfig, json.loads(json.dumps(to_dict(settings)))) == settings
+    with pytest.raises(ValueError, match="StudentConfig has no setting 'guidnace'"):
+        from_dict(StudentConfig, {"guidnace": 2.0})

@@ -216,7 +216,7 @@ def test_what_cannot_be_distilled(tmp_path: Path):
     for wrong, message in (
         ({"t_range": (950, 20)}, "t_range must satisfy .* got 950 20"),
         ({"auxiliary_updates": 0}, "auxiliary_updates must be at least 1, got 0"),
-        ({"lr": -1.0}, "learning rates must be positive: -1.0"),
+        ({"lr": -1.0}, "lr must not be negative, got -1.0"),
     ):
         with pytest.raises(ValueError, match=message):
             GSIMConfig(**wrong)

@@ -14,7 +14,8 @@ from marval.models.classifier import Classifier
 from marval.monitor import Monitor, class_in_turn, image_statistics, networks_of, trial_size
 from marval.pipeline import Pipeline
 from marval.reward_files import short_name
-from marval.rewards import Reward, UserReward, WeightedSum, load_reward
+from marval.rewards import UserReward, WeightedSum, load_reward
+from marval.scoring import Reward
 
 CONFIG = RLConfig(batch=16, ar_steps=4, eval_images=60, prompt="a {class}")
 STATISTICS = {"brightness", "contrast", "saturation", "edge_density", "clipped", "entropy"}

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from marval.images import center_crop
 from marval.models.quality import MODEL, RANGE, Brisque, aesthetic_head, brisque_features
-from marval.rewards import check_reward, load_reward
+from marval.reward_checks import check_reward
+from marval.rewards import load_reward
 from marval.tokenizers import to_float
 
 VECTORS = np.random.default_rng(0).uniform(-1, 1, (5, 36))

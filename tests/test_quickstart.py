@@ -3,6 +3,7 @@
 import functools
 import json
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ import tiny
 from marval.__main__ import main
 from marval.models.classifier import Classifier
 from marval.pipeline import Pipeline
+from marval.quickstart import QuickstartConfig
+from marval.recipes import digits_teacher
 
 ROW = {
     "fid", "fid_heldout_features", "accuracy", "accuracy_heldout", "reward", "seconds_per_image_batch1",
@@ -26,6 +29,14 @@ SIZES = [
     "--distill.steps", 40, "--distill.batch", 16, "--distill.ar-steps", 4, "--distill.save-every", 5,
     "--rl.steps", 4, "--rl.batch", 16, "--rl.ar-steps", 4, "--rl.eval-images", 20, "--rl.eval-every", 2,
 ]  # fmt: skip
+
+
+def test_one_seed_for_all_stages():
+    """A stage's own seed is refused where another one counts (what is said: test_cli.py)."""
+    teacher = replace(digits_teacher(), seed=5)
+    assert QuickstartConfig(seed=5, train=teacher).train.seed == 5
+    with pytest.raises(ValueError, match="give --seed 5"):
+        QuickstartConfig(train=teacher)
 
 
 def command(out: Path) -> list[str]:

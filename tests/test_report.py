@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from marval.report import MODELS, write_report
+from marval.report import write_report
+from marval.shipped import MODELS
 
 pytest.importorskip("matplotlib")
-HOSTILE = "<script>alert('x')</script>\"&$title"
+HOSTILE = "<script>alert('x')</script>\"&{{title}}"
 STEPS = 3
 
 

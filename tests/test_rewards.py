@@ -15,21 +15,11 @@ from marval import imagenet
 from marval.data import load_dataset
 from marval.features import load_features
 from marval.models.classifier import Classifier
+from marval.reward_checks import check_reward, check_varies
 from marval.reward_files import code_files
-from marval.rewards import (
-    ClassifierLogProb,
-    ReadsClass,
-    Reward,
-    UserReward,
-    Verifiable,
-    WeightedSum,
-    calibrate,
-    check_reward,
-    check_varies,
-    class_prompts,
-    load_reward,
-    score,
-)
+from marval.reward_models import ClassifierLogProb, ReadsClass
+from marval.rewards import UserReward, Verifiable, WeightedSum, calibrate, class_prompts, load_reward
+from marval.scoring import Reward, score
 from marval.tokenizers import to_float
 
 NAMES = list("0123456789")

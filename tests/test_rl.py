@@ -24,9 +24,10 @@ from marval.models.mar import gather_tokens
 from marval.monitor import image_statistics
 from marval.pipeline import Pipeline
 from marval.policy import gaussian_log_prob
-from marval.rewards import RewardError, UserReward
+from marval.rewards import UserReward
 from marval.rl import rl
 from marval.sampling import last, unmask
+from marval.scoring import RewardError
 from marval.update import Update, autocast
 
 CODE = """

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from marval.cli import flat, nearest, parse, positional, recipe, required, say
+from marval.cli import flat, nearest, parse, positional, recipe, required
+from marval.config import say
 
 USAGE = """usage: marval VERB ...
 

@@ -11,8 +11,8 @@ from marval import masking, policy
 from marval.config import RLConfig
 from marval.models.mar import MAR, gather_tokens
 from marval.pipeline import Pipeline
-from marval.rewards import Reward, score
 from marval.sampling import last, student_tokens, unmask
+from marval.scoring import Reward, score
 from marval.update import Update, autocast
 
 

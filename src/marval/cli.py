@@ -4,7 +4,6 @@ import contextlib
 import difflib
 import functools
 import io
-import os
 import re
 from collections.abc import Callable, Iterable
 from typing import Annotated, Any
@@ -50,12 +49,6 @@ def parse(function: Callable[..., None], verb: str, args: list[str]) -> None:
         text = re.sub(r"^Error parsing (--\S+): invalid literal .*: ('.*?') Argument.*", r"\1 \2 is no integer", text)
         raise ValueError(f"{text.split(' For full helptext')[0]}; see marval {verb} --help") from None
     call()
-
-
-def say(text: str) -> None:
-    """Print, on one of several processes only."""
-    if os.environ.get("RANK", "0") == "0":
-        print(text)
 
 
 def recipe(verb: str, recipes: dict[str, Callable[[], Any]], args: list[str]) -> tuple[str, Any, list[str]]:

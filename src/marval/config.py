@@ -18,40 +18,87 @@ def check(condition: bool, message: str) -> None:
 
 
 def check_types(config: Any) -> None:
-    """Raises ValueError unless every field has a value of its type: one of a Literal's, an integer, a number, or a pair
-    of them, which may be a list and becomes a tuple."""
+    """Raises ValueError unless every field of a dataclass has a value of its type.
+
+    Types are those that settings have: bool, str, int, float (also an integer), another dataclass, one of a Literal, a
+    tuple of numbers, which may be given as a list and becomes a tuple, or one of these or None.
+    """
     for field in dataclasses.fields(config):
         name = field.name
         value: Any = getattr(config, name)
         options = get_args(field.type) if get_origin(field.type) in (Union, types.UnionType) else (field.type,)
         if value is None and types.NoneType in options:
             continue
-        kind = options[0]
+        kind: Any = options[0]
         if get_origin(kind) is Literal:
             known = get_args(kind)
             check(value in known, f"unknown {name} {value!r}: choose one of {', '.join(known)}")
         elif get_origin(kind) is tuple:
             if not isinstance(value, tuple | list) or len(value) != len(get_args(kind)):
                 raise ValueError(f"{name} must be {len(get_args(kind))} numbers, got {value!r}")
-            pair: tuple[Any, ...] = tuple(value)
-            for part in pair:
-                _check_number(name, part, get_args(kind)[0])
-            object.__setattr__(config, name, pair)
-        elif kind in (int, float):
-            _check_number(name, value, kind)
+            for part in value:
+                _check_type(name, part, get_args(kind)[0])
+            object.__setattr__(config, name, tuple(value))
+        else:
+            _check_type(name, value, kind)
 
 
-def _check_number(name: str, value: Any, kind: type) -> None:
+def _check_type(name: str, value: Any, kind: type) -> None:
     if kind is int:
-        check(isinstance(value, kinds.Integral), f"{name} must be an integer, got {value!r}")
-        return
-    check(isinstance(value, kinds.Real) and not math.isnan(value), f"{name} must be a number, got {value!r}")
+        fits, wanted = isinstance(value, kinds.Integral) and not isinstance(value, bool), "an integer"
+    elif kind is float:
+        fits = isinstance(value, kinds.Real) and not isinstance(value, bool) and not math.isnan(value)
+        wanted = "a number"
+    else:
+        fits, wanted = isinstance(value, kind), {bool: "True or False", str: "a string"}.get(kind, f"a {kind.__name__}")
+    check(fits, f"{name} must be {wanted}, got {value!r}")
+
+
+def say(text: str) -> None:
+    """Print at once, from one of several processes only."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, flush=True)
 
 
 def warn(what: str) -> None:
-    """A line on stderr, of one of several processes only."""
+    """Print a warning to stderr, from one of several processes only."""
     if os.environ.get("RANK", "0") == "0":
         print(f"marval: warning: {what}", file=sys.stderr, flush=True)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A dataclass of settings as a dictionary, nested ones too; tuples stay, which JSON writes as lists."""
+    return dataclasses.asdict(config)
+
+
+def filled(values: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """Saved settings completed by defaults, for runs of versions that lacked a setting.
+
+    Args:
+        values: as `to_dict` gives them, some missing. defaults: all of them; nested ones are completed one by one.
+    """
+    nested = {
+        name: filled(values[name], default)
+        for name, default in defaults.items() if isinstance(default, dict) and isinstance(values.get(name), dict)
+    }  # fmt: skip
+    return defaults | values | nested
+
+
+def from_dict(cls: Any, values: dict[str, Any]) -> Any:
+    """A dataclass of settings, none of them nested, from its JSON types. Raises ValueError on an unknown name."""
+    known = {field.name for field in dataclasses.fields(cls)}
+    if unknown := set(values) - known:
+        raise ValueError(f"{cls.__name__} has no setting {sorted(unknown)[0]!r}")
+    return cls(**values)
+
+
+def numbers(text: str, kind: type, name: str) -> list[Any]:
+    """Comma-separated numbers, such as the ``1.0,1.2,1.5`` of a sweep; an empty text is none."""
+    try:
+        return [kind(part) for part in text.split(",")] if text else []
+    except ValueError:
+        example = "1.0,1.2,1.5" if kind is float else "16,32,64"
+        raise ValueError(f"{name} {text!r} must be numbers separated by commas, such as {example}") from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,9 +128,8 @@ class MARConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        for name in ("grid", "token_dim", "num_classes", "width", "depth", "heads", "buffer_size", "head_width"):
-            check(getattr(self, name) >= 1, f"model.{name} must be at least 1, got {getattr(self, name)}")
-        check(self.head_depth >= 1, f"model.head_depth must be at least 1, got {self.head_depth}")
+        for name, value in vars(self).items():
+            check(name == "dropout" or value >= 1, f"model.{name} must be at least 1, got {value}")
         check(self.width % self.heads == 0, f"model.width {self.width} must be a multiple of model.heads {self.heads}")
         check(0 <= self.dropout < 1, f"model.dropout must be in [0, 1), got {self.dropout}")
 
@@ -133,7 +179,7 @@ class StudentConfig:
         return tuple(n for n in range(1, self.evaluations + 1) if self.evaluations % n == 0)
 
     def timesteps(self, evaluations: int) -> tuple[int, ...]:
-        """Of so many evaluations, from t_init down.
+        """Timesteps of each of ``evaluations`` head evaluations: equal steps from t_init down.
 
         Raises:
             ValueError: the student was not distilled for this number.
@@ -199,8 +245,8 @@ class RunConfig:
     log_every: int = 20
     """Updates between lines of metrics.jsonl."""
     tracker: Literal["none", "tensorboard", "wandb"] = "none"
-    """Where these numbers and the sample grids also go. tensorboard: event files in the run's folder; wandb: Weights &
-    Biases. Each needs the package of its name."""
+    """Where the numbers of metrics.jsonl and the sample grids also go. tensorboard: event files in the run's folder;
+    wandb: Weights & Biases. Each needs the package of its name."""
     ema: float = 0.999
     """Decay of the weights' exponential moving average, which is what is evaluated and shipped."""
     clip_grad: float = 3.0
@@ -245,7 +291,7 @@ class CurveConfig(RunConfig):
     features: str = ""
     """Network of FID and its kind, as marval evaluate takes it; evaluations need it."""
     reference: str = ""
-    """What they compare with, as marval evaluate takes it; if left out, the training images."""
+    """What evaluations compare with, as marval evaluate takes it; if left out, the training images."""
     patience: int = 0
     """Stop after this many evaluations in a row without a lower FID; 0 for never. While the learning rate decays to
     zero the last updates help most: best with --no-decay."""
@@ -314,8 +360,6 @@ class TrainConfig(CurveConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.eval_head_steps is not None:
-            check(self.eval_head_steps >= 1, f"eval_head_steps must be at least 1, got {self.eval_head_steps}")
         check(self.lr > 0, f"lr must be positive, got {self.lr}")
         check(0 <= self.class_drop < 1, f"class_drop must be in [0, 1), got {self.class_drop}")
         check(self.head_batch_mul >= 1, f"head_batch_mul must be at least 1, got {self.head_batch_mul}")
@@ -323,6 +367,8 @@ class TrainConfig(CurveConfig):
         check(self.warmup >= 0, f"warmup must not be negative, got {self.warmup}")
         check(self.weight_decay >= 0, f"weight_decay must not be negative, got {self.weight_decay}")
         check(self.patch_size >= 1, f"patch_size must be at least 1, got {self.patch_size}")
+        if self.eval_head_steps is not None:
+            check(self.eval_head_steps >= 1, f"eval_head_steps must be at least 1, got {self.eval_head_steps}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -341,7 +387,7 @@ class GSIMConfig:
     auxiliary_updates: int = 1
     """Auxiliary updates per student update."""
     lr: float = 2e-4
-    """Student's learning rate, Adam with betas (0, 0.999)."""
+    """Student's learning rate, Adam with betas (0, 0.999); 0 lets only the auxiliary learn."""
     auxiliary_lr: float = 4e-4
     """Auxiliary's learning rate, Adam with betas (0, 0.999)."""
 
@@ -351,7 +397,8 @@ class GSIMConfig:
             low, high = getattr(self, name)
             check(0 <= low <= high <= 999, f"{name} must satisfy 0 <= low <= high <= 999, got {low} {high}")
         check(self.auxiliary_updates >= 1, f"auxiliary_updates must be at least 1, got {self.auxiliary_updates}")
-        check(self.lr >= 0 and self.auxiliary_lr > 0, f"learning rates must be positive: {self.lr} {self.auxiliary_lr}")
+        check(self.lr >= 0, f"lr must not be negative, got {self.lr}")
+        check(self.auxiliary_lr > 0, f"auxiliary_lr must be positive, got {self.auxiliary_lr}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -431,8 +478,8 @@ class RLConfig(RunConfig):
     """Network of FID, KID, precision and recall, as marval evaluate takes it; if left out, the judge, or else the
     classifier, unless the reward optimises it; without any, they are not measured."""
     reference: str = ""
-    """What these compare with: `digits`, a folder of images or an .npz, as marval evaluate takes it; if left out,
-    images of the starting student on other seeds."""
+    """What FID and its kind compare with: `digits`, a folder of images or an .npz, as marval evaluate takes it; if left
+    out, images of the starting student on other seeds."""
     prompt: str = "a high-quality and harmonious picture of {class}"
     """Prompt of each image; {class} is replaced by the class name."""
     algorithm: Literal["gradient", "group"] = "gradient"
@@ -444,9 +491,9 @@ class RLConfig(RunConfig):
     ar_steps: int = 8
     """AR steps K of a rollout."""
     grad_ar_steps: int = 0
-    """Only the tokens of so many AR steps carry gradients; 0 for all."""
+    """AR steps whose tokens carry gradients; 0 for all."""
     grad_ar_choice: Literal["last", "random"] = "last"
-    """Which: the last ones, or others at random in each update."""
+    """Which AR steps carry gradients: the last ones, or others at random in each update."""
     checkpoint_ar_steps: bool = True
     """Store only the tokens of each AR step, and recompute the rest in the backward pass; without, store all."""
     group_size: int = 8
@@ -462,7 +509,7 @@ class RLConfig(RunConfig):
     anchor: float = 1.0
     """Weight of the GSIM term towards the teacher; 0 switches it and its auxiliary off."""
     anchor_final: float | None = None
-    """The weight at the last update, linearly from `anchor`; None for a constant one."""
+    """Weight of the GSIM term at the last update, linearly from `anchor`; None for a constant one."""
     hinge: float | None = None
     """Rewards above this value earn nothing more."""
     target: float | None = None
@@ -519,37 +566,6 @@ class RLConfig(RunConfig):
         return self.anchor + (final - self.anchor) * step / max(1, self.steps - 1)
 
 
-def to_dict(config: Any) -> dict[str, Any]:
-    """A dataclass as plain JSON types."""
-    return dataclasses.asdict(config)
-
-
-def filled(values: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
-    """Settings of an earlier version, nested like the defaults: what it did not have does what its default does."""
-    nested = {
-        name: filled(values[name], default)
-        for name, default in defaults.items() if isinstance(default, dict) and isinstance(values.get(name), dict)
-    }  # fmt: skip
-    return defaults | values | nested
-
-
-def from_dict(cls: Any, values: dict[str, Any]) -> Any:
-    """A flat dataclass from JSON types; lists become tuples. Raises ValueError on an unknown name."""
-    known = {field.name for field in dataclasses.fields(cls)}
-    if unknown := set(values) - known:
-        raise ValueError(f"{cls.__name__} has no setting {sorted(unknown)[0]!r}")
-    return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
-
-
-def numbers(text: str, kind: type, name: str) -> list[Any]:
-    """Comma-separated numbers, such as the ``1.0,1.2,1.5`` of a sweep; an empty text is none."""
-    try:
-        return [kind(part) for part in text.split(",")] if text else []
-    except ValueError:
-        example = "1.0,1.2,1.5" if kind is float else "16,32,64"
-        raise ValueError(f"{name} {text!r} must be numbers separated by commas, such as {example}") from None
-
-
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
     """How a model is measured. Several values of guidance, ar_steps, head_steps or evaluations: every combination is
@@ -596,7 +612,8 @@ class EvaluateConfig:
     prompt: str = "a high-quality and harmonious picture of {class}"
     """Prompt of each image for the rewards; {class} is replaced by the class name."""
     precision: Literal["auto", "float32", "bf16"] = "auto"
-    """Of the drawing, bf16 by autocast. auto: bf16 on CUDA, float32 on the CPU. Features are always float32."""
+    """Precision of the drawing: bf16 by autocast; auto: bf16 on CUDA, float32 on the CPU. Features are always
+    float32."""
     device: str = "auto"
     """cpu, cuda, or auto: cuda where there is one."""
     shard: bool = False

@@ -35,9 +35,10 @@ from marval.metrics import (
 )
 from marval.pipeline import Pipeline
 from marval.reference import Reference, chunk_rows, gather_chunks, num_chunks, rounds
-from marval.rewards import BaseReward, UserReward, class_prompts, score
+from marval.rewards import UserReward, class_prompts
 from marval.rng import generator
 from marval.run import versions
+from marval.scoring import BaseReward, score
 from marval.tokenizers import to_float, to_uint8
 from marval.update import autocast, is_bf16
 

@@ -21,20 +21,13 @@ from marval.features import FeatureNetwork
 from marval.metrics import frechet_distance, kernel_distance, moments_of, precision_recall
 from marval.pipeline import Pipeline
 from marval.reference import Reference, load_network, load_reference
+from marval.reward_checks import PROBE
 from marval.reward_files import listed, short_name
-from marval.rewards import (
-    PROBE,
-    ClassifierLogProb,
-    ReadsClass,
-    Reward,
-    WeightedSum,
-    class_prompts,
-    load_reward,
-    name_of,
-    score,
-)
+from marval.reward_models import ClassifierLogProb, ReadsClass
+from marval.rewards import WeightedSum, class_prompts, load_reward
 from marval.rng import generator
 from marval.run import digest_of
+from marval.scoring import Reward, name_of, score
 from marval.tokenizers import to_float
 
 HELD_OUT_SEED = 1_000_003

@@ -1,6 +1,5 @@
 """The whole path on real data in minutes: train a teacher, distil it, align it, measure all three, show it."""
 
-import importlib.util
 import json
 import os
 import time
@@ -15,7 +14,7 @@ from torch import Tensor
 from marval import recipes
 from marval.bench import seconds_per_image
 from marval.checkpoint import read_json, save_arrays, write_json
-from marval.config import DistillConfig, RLConfig, TrainConfig, check, filled, to_dict
+from marval.config import DistillConfig, RLConfig, TrainConfig, check, check_types, filled, say, to_dict
 from marval.data import load_dataset
 from marval.distill import distill, make_student
 from marval.draw import head_evaluations_per_token, sample_in_turn
@@ -28,9 +27,21 @@ from marval.pipeline import Pipeline
 from marval.report import write_report
 from marval.rl import rl
 from marval.run import versions, writable_folder
+from marval.shipped import MODELS
+from marval.tables import check_matplotlib
 from marval.train import train
 
-STAGES = ("teacher", "student", "aligned")
+STAGES = {"train": recipes.digits_teacher, "distill": recipes.digits_student, "rl": recipes.digits_aligned}
+"""The field of each stage's settings, and its recipe."""
+OWN_CLASSIFIERS = "the quickstart trains its own two: give another to marval rl and the finished student"
+OWN_DATA = "the quickstart is for the digits that come with marval: give others to marval train and marval distill"
+ITS_OWN = {
+    "train.data": OWN_DATA,
+    "distill.data": OWN_DATA,
+    "rl.classifier": OWN_CLASSIFIERS,
+    "rl.judge": OWN_CLASSIFIERS,
+}
+"""Flags of settings that are the quickstart's own, and what to do instead of changing them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,32 +49,40 @@ class QuickstartConfig:
     """Every setting of the quickstart."""
 
     seed: int = 0
-    """Of all stages: every random number derives from it."""
+    """Seed of all stages: every random number derives from it."""
     num_images: int = 5000
     """Images drawn from each model for its numbers."""
     latency_repeats: int = 10
     """Rounds timed for each latency, after a warm-up; the median batch counts."""
     classifier_epochs: int = 20
     """Epochs of the two classifiers."""
-    train: TrainConfig = field(default_factory=recipes.digits_teacher)
+    train: TrainConfig = field(default_factory=STAGES["train"])
     """The teacher."""
-    distill: DistillConfig = field(default_factory=recipes.digits_student)
+    distill: DistillConfig = field(default_factory=STAGES["distill"])
     """The student."""
-    rl: RLConfig = field(default_factory=recipes.digits_aligned)
+    rl: RLConfig = field(default_factory=STAGES["rl"])
     """The alignment."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         check(self.num_images >= 100, f"num_images must be at least 100, got {self.num_images}")
         check(self.latency_repeats >= 1, f"latency_repeats must be at least 1, got {self.latency_repeats}")
+        for stage, recipe in STAGES.items():
+            seed = getattr(self, stage).seed
+            known = seed in (recipe().seed, self.seed)
+            check(known, f"--{stage}.seed {seed}: the quickstart has one seed for all stages: give --seed {seed}")
+        for flag, remedy in ITS_OWN.items():
+            stage, _, name = flag.partition(".")
+            given, own = getattr(getattr(self, stage), name), getattr(STAGES[stage](), name)
+            check(given == own, f"--{flag} {given}: {remedy}")
 
 
 def quickstart(config: QuickstartConfig, out: Path, resume: bool = False) -> dict[str, Any]:
     """Run everything into ``out``: models, results.json, samples.npz, report.html. Returns the results."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("the quickstart is one process: start it without torchrun")
-    if importlib.util.find_spec("matplotlib") is None:  # fail now, not at the end
-        raise ValueError("the report draws its curves with matplotlib: pip install 'marval[report]'")
-    stages = {name: replace(getattr(config, name), seed=config.seed) for name in ("train", "distill", "rl")}
+    check_matplotlib()  # fail now, not at the end
+    stages = {name: replace(getattr(config, name), seed=config.seed) for name in STAGES}
     config = replace(config, **stages)
     settings = json.loads(json.dumps(to_dict(config)))
     if (out / "quickstart.json").exists():
@@ -85,7 +104,8 @@ def quickstart(config: QuickstartConfig, out: Path, resume: bool = False) -> dic
         say(f"2/5  teacher: a masked autoregressive model with a diffusion head, {config.train.steps} updates")
         teacher = train(config.train, out / "teacher", resume=True)
     with clock("distill"):
-        say(f"3/5  student: the inner chain of 100 steps distilled into one by GSIM, {config.distill.steps} updates")
+        chain, updates = config.train.sampling.head_steps, config.distill.steps
+        say(f"3/5  student: the inner chain of {chain} steps distilled into one by GSIM, {updates} updates")
         student = distill(config.distill, out / "teacher", out / "student", resume=True)
     with clock("rl"):
         say(f"4/5  aligned: the student post-trained on the classifier's reward, up to {config.rl.steps} updates")
@@ -94,7 +114,7 @@ def quickstart(config: QuickstartConfig, out: Path, resume: bool = False) -> dic
         aligned = rl(rl_config, out / "student", out / "aligned", resume=True)
     with clock("evaluate"):
         say(f"5/5  all three measured with the same {config.num_images} seeds")
-        models = {"teacher": teacher, "student": student, "aligned": aligned}
+        models = dict(zip(MODELS, (teacher, student, aligned), strict=True))
         results = measure(config, models, classifier, judge, out)
         save_pictures(save_samples(config, models, out / "samples.npz"), out)
     results["settings"]["seconds"] = clock.seconds
@@ -104,10 +124,6 @@ def quickstart(config: QuickstartConfig, out: Path, resume: bool = False) -> dic
     minutes = sum(clock.seconds.values()) / 60
     say(f"done in {minutes:.1f} minutes; look at {report}")
     return results
-
-
-def say(line: str) -> None:
-    print(line, flush=True)
 
 
 class Clock:
@@ -238,7 +254,7 @@ def save_samples(config: QuickstartConfig, models: dict[str, Pipeline], file: Pa
 
 def save_pictures(arrays: dict[str, np.ndarray], out: Path) -> None:
     """samples.png: real, teacher, student, aligned side by side; unmasking.png: student images, a row per AR step."""
-    grids = [image_grid(arrays[name], columns=10, scale=3, pad=3) for name in ("real", *STAGES)]
+    grids = [image_grid(arrays[name], columns=10, scale=3, pad=3) for name in ("real", *MODELS)]
     gap = np.full((len(grids[0]), 24, grids[0].shape[2]), 255, np.uint8)
     save_png(out / "samples.png", np.concatenate([part for grid in grids for part in (grid, gap)][:-1], axis=1))
     trace, visible = arrays["student_trace"], arrays["trace_visible"]
@@ -251,7 +267,7 @@ def save_pictures(arrays: dict[str, np.ndarray], out: Path) -> None:
 def table(results: dict[str, Any]) -> str:
     """The final table of the terminal."""
     lines = [f"{'':<9}{'FID*':>7}{'accuracy':>10}{'held-out':>10}{'reward':>9}{'ms/image':>10}{'batch 256':>11}"]
-    for name in STAGES:
+    for name in MODELS:
         row = results[name]
         lines.append(
             f"{name:<9}{row['fid']:>7.3f}{100 * row['accuracy']:>8.1f} %{100 * row['accuracy_heldout']:>8.1f} %"

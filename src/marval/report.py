@@ -7,17 +7,18 @@ import json
 import math
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from string import Template
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from marval.checkpoint import read_json, write_atomically
+from marval.shipped import MODELS
+from marval.tables import check_matplotlib
 
-MODELS = ("teacher", "student", "aligned")
+PAGE = Path(__file__).parent / "assets" / "report.html"
 COLUMNS = {  # key of results.json -> heading of the table; the order is the table's
     "fid": "FID, classifier features",
     "fid_heldout_features": "FID, held-out features",
@@ -51,6 +52,7 @@ def write_report(out: Path) -> Path:
     Raises:
         ValueError: a file is missing, damaged or lacks a value, or matplotlib is not installed.
     """
+    check_matplotlib()
     results = _read_results(out / "results.json")
     arrays = _read_samples(out / "samples.npz")
     metrics = {model: _read_metrics(out / model / "metrics.jsonl") for model in MODELS}
@@ -78,9 +80,7 @@ def write_report(out: Path) -> Path:
     )
     evaluation = {k: v for k, v in settings.items() if k not in ("seconds", "stages")}
     blocks = {"versions": versions, "seconds": settings["seconds"], "evaluation": evaluation, **settings["stages"]}
-    page = Template(_PAGE).substitute(
-        css=_CSS,
-        js=_JS,
+    page = _filled_page(
         title=f"From {head['teacher']} head evaluations per token to {head['student']}",
         summary=_summary(results),
         run=html.escape(run),
@@ -100,6 +100,11 @@ def write_report(out: Path) -> Path:
     path = out / "report.html"
     write_atomically(path, lambda p: p.write_text(page, encoding="utf-8", newline="\n"))
     return path
+
+
+def _filled_page(**values: object) -> str:
+    """The page with each ``{{name}}`` replaced by the HTML of that name."""
+    return re.sub(r"{{(\w+)}}", lambda match: str(values[match[1]]), PAGE.read_text(encoding="utf-8"))
 
 
 def _read_results(path: Path) -> dict[str, Any]:
@@ -217,54 +222,66 @@ def _picture(images: np.ndarray, columns: int, width: int, caption: str, above: 
 
 def _curves(metrics: Mapping[str, list[dict[str, Any]]]) -> list[str]:
     """One inline SVG figure per panel that has a value."""
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
-    except ModuleNotFoundError as error:
-        raise ValueError(f"the report draws its curves with {error.name}: pip install 'marval[report]'") from None
+    from matplotlib.figure import Figure
+
     figures = []
     for model, title, keys, logarithmic in PANELS:
         figure = Figure(figsize=(3.6, 1.8), layout="constrained")
-        axes = figure.add_subplot()
-        legend, lowest, highest = "", math.inf, 0.0
-        for key, (colour, variable) in zip(keys, [*SERIES.items()][: len(keys)], strict=True):
-            rows = [row for row in metrics[model] if row.get(key) is not None and math.isfinite(row[key])]
-            if not rows:
-                continue
-            bins = np.array_split(np.array([(row["step"], row[key]) for row in rows]), min(len(rows), 120))
-            step, mean = np.array([b.mean(axis=0) for b in bins]).T
-            low, high = [b[:, 1].min() for b in bins], [b[:, 1].max() for b in bins]
-            axes.fill_between(step, low, high, color=colour, alpha=0.18, linewidth=0)
-            axes.plot(step, mean, color=colour, linewidth=1.4, marker="o" if len(bins) <= 20 else "", markersize=3)
-            legend += f' <span style="color:{variable}">{key}</span>'
-            lowest, highest = min(lowest, *low), max(highest, *high)
-        if not legend:
-            continue
-        if logarithmic and lowest > 0:
-            axes.set_yscale("log")
-            axes.yaxis.set_major_locator(LogLocator(subs=(1,) if highest > 50 * lowest else (1, 2, 5)))
-            axes.yaxis.set_minor_locator(NullLocator())
-        else:
-            axes.yaxis.set_major_locator(MaxNLocator(5))
-        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-        axes.spines[:].set_visible(False)
-        axes.tick_params(colors=INK, labelsize=7.5, length=0)
-        axes.grid(axis="y", color=INK, alpha=0.25, linewidth=0.6)
-        buffer = io.StringIO()
-        with matplotlib.rc_context({"svg.hashsalt": f"{model} {title}", "svg.fonttype": "none"}):
-            nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-            figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
-        # No XML header, fixed size or namespaces, nor the ids figure_1, axes_1, ... that every figure repeats.
-        label = f'<svg role="img" aria-label="{model}: {title}" viewBox="'
-        svg = re.sub(r'.*?<svg[^>]*viewBox="([^"]*)"[^>]*>', rf'{label}\1">', buffer.getvalue(), count=1, flags=re.S)
-        svg = re.sub(r'<g id="[^"]*"', "<g", svg)
-        for colour, variable in (*SERIES.items(), (INK, "var(--muted)")):
-            svg = svg.replace(colour, variable)
-        heading = f"<b>{model.title()}</b> {title}<br>{legend}"
-        figures.append(f"<figure><figcaption>{heading}</figcaption>{svg}</figure>")
+        if drawn := _draw_panel(figure.add_subplot(), metrics[model], keys, logarithmic):
+            legend = "".join(f' <span style="color:{SERIES[colour]}">{key}</span>' for key, colour in drawn.items())
+            svg = _inline_svg(figure, f"{model}: {title}")
+            figures.append(f"<figure><figcaption><b>{model.title()}</b> {title}<br>{legend}</figcaption>{svg}</figure>")
     return figures
+
+
+def _draw_panel(axes: Any, rows: Sequence[dict[str, Any]], keys: Sequence[str], logarithmic: bool) -> dict[str, str]:
+    """The colour of each key of metrics.jsonl that has a finite value: a line of the mean of up to 120 bins, and their
+    range as its shade."""
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
+
+    drawn: dict[str, str] = {}
+    lowest, highest = math.inf, 0.0
+    for key, colour in zip(keys, SERIES, strict=False):
+        points = [(row["step"], row[key]) for row in rows if row.get(key) is not None and math.isfinite(row[key])]
+        if not points:
+            continue
+        bins = np.array_split(np.array(points), min(len(points), 120))
+        step, mean = np.array([b.mean(axis=0) for b in bins]).T
+        low, high = [b[:, 1].min() for b in bins], [b[:, 1].max() for b in bins]
+        axes.fill_between(step, low, high, color=colour, alpha=0.18, linewidth=0)
+        axes.plot(step, mean, color=colour, linewidth=1.4, marker="o" if len(bins) <= 20 else "", markersize=3)
+        drawn[key] = colour
+        lowest, highest = min(lowest, *low), max(highest, *high)
+    if logarithmic and lowest > 0:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1,) if highest > 50 * lowest else (1, 2, 5)))
+        axes.yaxis.set_minor_locator(NullLocator())
+    else:
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.spines[:].set_visible(False)
+    axes.tick_params(colors=INK, labelsize=7.5, length=0)
+    axes.grid(axis="y", color=INK, alpha=0.25, linewidth=0.6)
+    return drawn
+
+
+def _inline_svg(figure: Any, label: str) -> str:
+    """A matplotlib figure as an SVG that fits into the page: of any width, in the page's colours, with ids that no
+    other figure has. The label is read to those who do not see it."""
+    import matplotlib
+
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": label.replace(":", ""), "svg.fonttype": "none"}):
+        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
+    # No XML header, fixed size or namespaces, nor the ids figure_1, axes_1, ... that every figure repeats.
+    start = f'<svg role="img" aria-label="{label}" viewBox="'
+    svg = re.sub(r'.*?<svg[^>]*viewBox="([^"]*)"[^>]*>', rf'{start}\1">', buffer.getvalue(), count=1, flags=re.S)
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg)
+    for colour, variable in (*SERIES.items(), (INK, "var(--muted)")):
+        svg = svg.replace(colour, variable)
+    return svg
 
 
 def _entries(name: str, value: Any) -> str:
@@ -272,95 +289,3 @@ def _entries(name: str, value: Any) -> str:
     if isinstance(value, Mapping):
         return "".join(_entries(f"{name}.{key}" if name else str(key), item) for key, item in value.items())
     return f"<dt>{html.escape(name)}</dt><dd>{html.escape(str(value))}</dd>"
-
-
-_CSS = """
-:root{color-scheme:light dark;--page:#fcfcfa;--ink:#1c1e22;--muted:#666a71;--line:#deded8;
---s1:#3565a8;--s2:#b8541a;--s3:#2a7d5c;--s4:#84509c}
-@media(prefers-color-scheme:dark){:root{--page:#15171a;--ink:#e6e6e2;--muted:#9b9fa6;--line:#30333a;
---s1:#82aae6;--s2:#e89560;--s3:#68c09b;--s4:#c69ada}}
-*{box-sizing:border-box}
-body{margin:0;background:var(--page);color:var(--ink);font:16px/1.55 system-ui,sans-serif;text-size-adjust:100%}
-main{max-width:1168px;margin:auto;padding:clamp(1.5rem,5vw,3rem) 20px 4rem}
-h1,h2{font-family:ui-serif,Georgia,"Times New Roman",serif;font-weight:500;line-height:1.2;text-wrap:balance}
-h1{font-size:clamp(1.7rem,5vw,2.6rem);margin:.2rem 0 1rem} h2{font-size:1.45rem;margin:3.2rem 0 .4rem}
-h3{font-size:.95rem;margin:0 0 .3rem} p{max-width:46rem;margin:.5rem 0 1rem} .lead{font-size:1.12rem}
-.note,figcaption{color:var(--muted);font-size:.88rem} b{font-weight:600;color:var(--ink)}
-figure{margin:0;min-width:0} figcaption{margin:.45rem 0 .3rem} figcaption span{margin-right:.7em}
-img,.stage{display:block;max-width:100%;height:auto;image-rendering:pixelated}
-.grids,.strips,.curves,.settings{display:grid;gap:1.2rem 16px;margin-top:1.2rem}
-.grids{grid-template-columns:repeat(4,minmax(0,270px))}
-.strips{grid-template-columns:repeat(auto-fit,minmax(min(100%,420px),540px));column-gap:48px}
-.curves,.settings{grid-template-columns:repeat(auto-fit,minmax(min(100%,300px),1fr));gap:1.6rem 28px}
-svg{display:block;width:100%;height:auto} svg text{font-family:inherit!important}
-table{border-collapse:collapse;width:100%;margin:1.2rem 0;font-variant-numeric:tabular-nums}
-th,td{padding:.55rem .5rem;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
-th{font-weight:600} th:first-child{text-align:left;padding-left:0}
-thead th{color:var(--muted);font-weight:400;font-size:.84rem;line-height:1.3;white-space:normal;vertical-align:bottom}
-@media(max-width:860px){ /* the table on its side: one row per number */
-table{display:grid;grid-auto-flow:column;grid-template-rows:repeat(10,auto);grid-template-columns:minmax(4.6rem,1fr);
-overflow-x:auto}
-thead,tbody,tr{display:contents}
-th,td,thead th{padding:.5rem 0 .5rem .5rem;font-size:.8rem;display:flex;justify-content:flex-end;align-items:center}
-thead th{text-align:left;justify-content:flex-start;padding-left:0}
-tbody th:first-child{white-space:normal;text-align:right;padding-left:.5rem}
-.grids{grid-template-columns:1fr 1fr}}
-.stage{display:none;width:100%;margin-bottom:.9rem} .player{display:none;align-items:center;gap:1rem;margin-top:1rem}
-.js .stage{display:block} .js .player{display:flex} .player input{width:16rem;min-width:0;accent-color:var(--s1)}
-output{white-space:nowrap;font-variant-numeric:tabular-nums} summary{cursor:pointer}
-button{font:inherit;color:inherit;background:none;border:1px solid var(--line);border-radius:6px;min-width:5rem}
-details{margin-top:3.2rem;border-top:1px solid var(--line);padding-top:1rem}
-dl{display:grid;grid-template-columns:auto 1fr;gap:.1rem 1rem;margin:0;font-size:.84rem;align-content:start}
-dt{color:var(--muted)} dd{margin:0;overflow-wrap:anywhere}
-"""
-
-_JS = """
-const [slider, button, output] = ['input', 'button', 'output'].map(e => document.querySelector('.player ' + e))
-const stages = document.querySelectorAll('.stage'), last = +slider.max
-let timer
-const show = k => {
-  slider.value = k
-  output.value = `AR step ${k} of ${last}`
-  for (const s of stages) s.style.backgroundPosition = `0 ${100 * k / last}%`
-}
-const play = on => {
-  let k = +slider.value
-  clearInterval(timer)
-  timer = on && setInterval(() => show(Math.min(k = (k + 1) % (last + 4), last)), 500)  // holds the end
-  button.textContent = on ? 'Pause' : 'Play'
-}
-for (const s of stages) s.style.backgroundImage = `url(${s.nextElementSibling.src})`
-button.onclick = () => play(!timer)
-slider.oninput = () => { play(false); show(slider.value) }
-document.documentElement.className = 'js'
-show(0)
-play(!matchMedia('(prefers-reduced-motion: reduce)').matches)
-"""
-
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
-<title>marval quickstart</title><style>$css</style></head><body><main>
-<div class="note">marval quickstart</div>
-<h1>$title</h1>
-<p class="lead">$summary</p>
-<div class="note">$run</div>
-<h2>Results</h2>
-$table
-<p class="note">The student has <b>$speedup1 times</b> the teacher's speed at batch 1 and <b>$speedup256 times</b> at
-batch 256. <b>FID floor $floor</b>: what real images score. FID here is a Fréchet distance over $features;
-it is not Inception's and compares only within this table. Images per model: $images.</p>
-<p class="note">$protocol</p>
-<h2>Samples</h2>
-<p>One row per class. The three models draw from the same seeds, so a place shows the same noise and the same order.</p>
-<div class="grids">$grids</div>
-<h2>Unmasking</h2>
-<p>Ten images while they are drawn, one row per AR step, in the same random order; hatched tokens are not drawn yet.</p>
-<div class="player"><button>Play</button><input type="range" aria-label="AR step" max="$steps" value="0"
-><output></output></div>
-<div class="strips">$strips</div>
-<h2>Curves</h2>
-<p>Against the number of updates. A line is the mean of up to 120 bins, the shade their range.</p>
-<div class="curves">$curves</div>
-<details><summary>Settings and versions</summary><div class="settings">$settings</div></details>
-</main><script>${js}</script></body></html>
-"""

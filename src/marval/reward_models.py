@@ -13,16 +13,7 @@ from marval.models.clip import Clip
 from marval.models.quality import Brisque, aesthetic_head
 from marval.models.vision import PublishedClassifier
 from marval.reward_files import HPS_CLIP, HPS_WEIGHTS, head_file
-
-
-class BaseReward:
-    """A `marval.rewards.Reward` with a name for messages."""
-
-    name: str = ""
-    differentiable: bool
-
-    def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
-        raise NotImplementedError
+from marval.scoring import BaseReward
 
 
 def load_classifier(source: str, device: torch.device | str) -> Classifier | PublishedClassifier:

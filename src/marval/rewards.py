@@ -1,16 +1,13 @@
-"""Rewards: callables on images (float NCHW in [0, 1]) and their prompts, giving one number per image, (B,)."""
+"""Rewards by name, those of a user's own functions, and sums of several (one call of a reward: `marval.scoring`)."""
 
-import contextlib
 import math
-import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from marval.config import warn
 from marval.imagenet import class_indices
 from marval.models.blip import ImageReward
 from marval.models.clip import Clip
@@ -18,7 +15,6 @@ from marval.models.quality import Brisque
 from marval.reward_files import check_files, summands
 from marval.reward_models import (
     Aesthetic,
-    BaseReward,
     ClassifierLogProb,
     ClipScore,
     HpsScore,
@@ -28,36 +24,11 @@ from marval.reward_models import (
     ReadsClass,
     load_classifier,
 )
+from marval.scoring import BaseReward, Reward, RewardError, name_of, score
 from marval.user_code import import_function
 
 CHUNK = 32
-"""Images that a reward sees at a time while it is calibrated."""
-PROBE = 8
-"""Images that a reward sees at a time, with their gradient, while it is tried."""
-
-
-class Reward(Protocol):
-    """Higher is better. A differentiable reward carries gradients to the images.
-
-    An attribute ``name``, where there is one, stands in error messages.
-    """
-
-    differentiable: bool
-
-    def __call__(self, images: Tensor, prompts: list[str]) -> Tensor: ...
-
-
-class RewardError(ValueError):
-    """What is wrong with a reward or with one of its values."""
-
-
-@contextlib.contextmanager
-def during(what: str) -> Iterator[None]:
-    """Say in a `RewardError` when it was raised."""
-    try:
-        yield
-    except RewardError as error:
-        raise RewardError(f"{what}: {error}") from error
+"""Images that a reward sees at a time while many are scored before a run."""
 
 
 def class_prompts(template: str, class_names: Sequence[str]) -> list[str]:
@@ -87,6 +58,7 @@ class Verifiable(BaseReward):
     """A user's check (images, prompts) -> (B,) truths: booleans or numbers 0 and 1, as a tensor or a list."""
 
     differentiable = False
+    takes_first = True
 
     def __init__(self, function: Callable[[Tensor, list[str]], Any]):
         self.function = function
@@ -125,6 +97,8 @@ class WeightedSum(BaseReward):
     Means 0 and deviations 1 leave the rewards as they are; `calibrate` measures them, so that the weights compare
     rewards of different units.
     """
+
+    takes_first = True
 
     def __init__(
         self, rewards: Sequence[Reward], weights: Sequence[float], means: Sequence[float] = (),
@@ -172,11 +146,6 @@ def calibrate(reward: WeightedSum, images: Tensor, prompts: list[str]) -> Weight
                 "be normalised; leave it out of the sum, or change its scale"
             )
     return WeightedSum(reward.rewards, reward.weights, means.tolist(), stds.tolist())
-
-
-def name_of(reward: Reward) -> str:
-    """Its name, for messages."""
-    return getattr(reward, "name", "") or type(reward).__name__
 
 
 def load_reward(
@@ -257,155 +226,3 @@ def _load_one(
     for index, prompt in zip(indices, prompts, strict=True):
         asked[index] = prompt  # the model's own name of the class
     return built_in(network, asked)
-
-
-def score(reward: Reward, images: Tensor, prompts: list[str], first: int = 0) -> Tensor:
-    """Rewards (B,) float32 of a batch, on its device, with their graph. Booleans and integers 0 and 1 become floats.
-
-    The reward gets a copy, so that what it does to its images stays with it.
-
-    Args:
-        first: number of the first image, for messages.
-
-    Raises:
-        RewardError: the reward raised something, or its result is not a floating-point tensor of shape (B,), finite in
-            float32, or the images want a gradient and a differentiable reward has none, or later, in the backward
-            pass, one that fails or is not finite; names the reward and the first such image. Running out of memory is
-            raised as it is.
-    """
-    name = name_of(reward)
-    if len(prompts) != len(images):
-        raise RewardError(f"reward {name!r} got {len(prompts)} prompts for {len(images)} images")
-    taught = reward.differentiable and images.requires_grad and torch.is_grad_enabled()
-    leaf = images.detach().requires_grad_(taught)
-    try:
-        numbered = isinstance(reward, Verifiable | WeightedSum)
-        rewards: Any = reward(leaf.clone(), prompts, first) if numbered else reward(leaf.clone(), prompts)
-    except (RewardError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        raise RewardError(_failure(reward, images, prompts, first, error)) from error
-    wanted = f"it must return a floating-point tensor of shape ({len(images)},), one number per image"
-    if not isinstance(rewards, Tensor):
-        raise RewardError(f"reward {name!r}: the reward returned a {type(rewards).__name__}: {wanted}")
-    if rewards.shape == (len(images),) and not (rewards.is_floating_point() or rewards.is_complex()):
-        rewards = rewards.float() if ((rewards == 0) | (rewards == 1)).all() else rewards
-    if rewards.shape != (len(images),) or not rewards.is_floating_point():
-        found = f"{rewards.dtype} of shape {tuple(rewards.shape)}"
-        raise RewardError(f"reward {name!r}: the reward returned {found}: {wanted}")
-    single = rewards.to(images.device, torch.float32)
-    if not single.isfinite().all():
-        bad = int((~single.isfinite()).nonzero()[0])
-        value = rewards[bad].item()
-        wanted = "it must be within float32" if math.isfinite(value) else "it must be finite"
-        raise RewardError(f"reward {name!r}: the reward of image {first + bad} ({prompts[bad]!r}) is {value}: {wanted}")
-    if not taught:
-        return single
-    if not single.requires_grad:
-        raise _untaught(reward, "its result carries no gradient to the images")
-    return _Taught.apply(images, (reward, leaf, single, prompts, first))
-
-
-class _Taught(torch.autograd.Function):
-    """Rewards whose gradient is taken in a graph of their own, so that what fails in it is told as the reward's."""
-
-    @staticmethod
-    def forward(ctx: Any, images: Tensor, scored: tuple[Reward, Tensor, Tensor, list[str], int]) -> Tensor:
-        ctx.scored = scored
-        return scored[2].detach().clone()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        reward, leaf, rewards, prompts, first = ctx.scored
-        try:
-            (found,) = torch.autograd.grad(rewards, leaf, gradient, allow_unused=True)
-        except (RewardError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:
-            what = _failure(reward, leaf, prompts, first, error, gradient=True)
-            raise RewardError(what) from error
-        if found is None:
-            raise _untaught(reward, "its result carries no gradient to the images")
-        if not (finite := found.flatten(1).isfinite().all(1)).all():
-            bad = int((~finite).nonzero()[0])
-            raise _untaught(reward, f"its gradient in image {first + bad} ({prompts[bad]!r}) is not finite")
-        return found, None
-
-
-def _untaught(reward: Reward, what: str) -> RewardError:
-    return RewardError(f"reward {name_of(reward)!r} calls itself differentiable but {what}")
-
-
-def _failure(
-    reward: Reward, images: Tensor, prompts: list[str], first: int, error: Exception, gradient: bool = False
-) -> str:
-    """Which image a reward, or its gradient, fails on: alone if it does so there, else the whole batch."""
-    where = f"the whole batch of {len(images)}, but on no image alone"
-    for i, prompt in enumerate(prompts):
-        image = images[i : i + 1].detach().requires_grad_(gradient)
-        try:
-            with torch.set_grad_enabled(gradient):
-                value = reward(image.clone(), [prompt])
-                if gradient:
-                    torch.autograd.grad(value.sum(), image)
-        except Exception as alone:
-            error, where = alone, f"image {first + i} ({prompt!r})"
-            break
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    reason = f"{type(error).__name__}: {' '.join(str(error).split())} ({Path(last.filename).name}, line {last.lineno})"
-    what = "calls itself differentiable but its gradient fails" if gradient else "fails"
-    return f"reward {name_of(reward)!r} {what} on {where}: {reason}"
-
-
-def check_reward(reward: Reward, images: Tensor, prompts: list[str]) -> Tensor:
-    """`score` of trial images, `PROBE` at a time, detached, so that a bad reward is found before any work starts.
-
-    A black box may be the same for all of so few images (`check_varies`). A differentiable reward that teaches nothing
-    about most of them, as a clamp or a classifier that is sure, is told of on stderr.
-
-    Args:
-        images: of the model to be trained, best of different classes.
-
-    Raises:
-        ValueError: as `score`, or a reward that calls itself differentiable has no gradient in the images, one that is
-            zero everywhere (a constant, a rounded value) or too small to change it, or one that is not finite. Of a
-            sum, each part is tried.
-    """
-    if isinstance(reward, WeightedSum):
-        return reward.combine(torch.stack([check_reward(part, images, prompts) for part in reward.rewards]))
-    values, reach = [], []
-    for start in range(0, len(images), PROBE):
-        some = images[start : start + PROBE].detach().requires_grad_(reward.differentiable)
-        with torch.enable_grad():
-            values.append(score(reward, some, prompts[start : start + PROBE], start))
-        if reward.differentiable:
-            (gradient,) = torch.autograd.grad(values[-1].sum(), some)
-            reach.append(gradient.flatten(1).abs().sum(1))
-    found = torch.cat(values).detach()
-    if not reward.differentiable:
-        return found
-    # what an image's reward changes by if every value moves by 1, beside what float32 tells apart
-    reached, least = torch.cat(reach), torch.finfo(torch.float32).eps * found.abs().max()
-    taught = int((reached > least).sum())
-    if taught == 0:
-        size = "too small to change it" if reached.any() else "zero"
-        constant = f": it is {found[0].item():g} for all of them" if bool((found == found[0]).all()) else ""
-        raise _untaught(reward, f"its gradient is {size} for all {len(found)} trial images{constant}")
-    if 2 * taught < len(found):
-        share = f"{taught} of {len(found)} trial images"
-        warn(f"reward {name_of(reward)!r} has a gradient in only {share}: nothing is learned from the others")
-    return found
-
-
-def check_varies(reward: Reward, images: Tensor, prompts: list[str]) -> None:
-    """For black boxes, which learn from differences alone; give many images, since a 0/1 reward may be 1 for most.
-
-    Raises:
-        ValueError: as `score`, or the reward is the same for all images.
-    """
-    starts = range(0, len(images), CHUNK)
-    values = torch.cat([score(reward, images[i : i + CHUNK], prompts[i : i + CHUNK], i) for i in starts])
-    if bool((values == values[0]).all()):
-        always = f"is {values[0].item():g} for all {len(values)} images of the starting student"
-        what = f"reward {name_of(reward)!r} {always}"
-        raise RewardError(f"{what}: there is nothing to learn from it; give one that tells images apart")

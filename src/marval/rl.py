@@ -34,18 +34,11 @@ from marval.models.lora import adapt
 from marval.models.mar import MAR
 from marval.monitor import Monitor, class_in_turn, image_statistics, trial_size
 from marval.pipeline import Pipeline
+from marval.reward_checks import check_reward, check_varies
 from marval.reward_files import check_classifier, check_files, code_of, listed
-from marval.rewards import (
-    RewardError,
-    WeightedSum,
-    calibrate,
-    check_reward,
-    check_varies,
-    class_prompts,
-    during,
-    load_reward,
-)
+from marval.rewards import WeightedSum, calibrate, class_prompts, load_reward
 from marval.run import Run, check_folder
+from marval.scoring import RewardError, during
 from marval.shipped import model_folder
 from marval.tokenizers import to_float
 from marval.train import save_sample_grid

@@ -151,9 +151,9 @@ def sweep_table(rows: Sequence[Mapping[str, Any]], model: str) -> str:
 
 
 def check_matplotlib() -> None:
-    """Raises ValueError where the plot could not be drawn."""
+    """Raises ValueError unless matplotlib is installed, which plots, curves and the quickstart's report need."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("a sweep draws its plot with matplotlib: pip install 'marval[report]'")
+        raise ValueError("plots and curves are drawn with matplotlib: pip install 'marval[report]'")
 
 
 def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
