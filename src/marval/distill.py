@@ -14,21 +14,11 @@ from marval.data import ImageDataset, batch_indices, batch_tokens, load_data
 from marval.distributed import connect, template
 from marval.ema import EMA
 from marval.latents import LatentDataset
-from marval.matching import (
-    Context,
-    ScoreMatching,
-    averaged_network,
-    copy_auxiliary,
-    copy_network,
-    draw_noise,
-    own_part,
-    read_scores,
-    shard_networks,
-    with_part,
-)
+from marval.matching import Context, ScoreMatching, draw_guidance, draw_noise, read_scores
 from marval.models.autoencoders import autoencoder_digest
 from marval.models.head import DiffusionHead
 from marval.models.mar import MAR, gather_tokens
+from marval.networks import averaged_network, copy_auxiliary, copy_network, own_part, shard_networks, with_part
 from marval.pipeline import Pipeline
 from marval.run import Run
 from marval.sampling import few_evaluations, last, unmask
@@ -226,7 +216,7 @@ def distill(
         ratios = "inference" if rolls and config.mask_ratios == "training" else config.mask_ratios
         num_masked = masking.masked_count(ratios, length, config.ar_steps, share)
         visible, masked = masking.random_masks(config.batch, length, num_masked, g)
-        w = matching.draw_guidance(config.batch, g)
+        w = draw_guidance(config.student, config.batch, g)
         rolls = rolls and num_masked < length
         z, orders = torch.empty(0), torch.empty(0)
         if rolls:

@@ -20,19 +20,11 @@ from marval.config import RLConfig, warn
 from marval.curve import needs_features
 from marval.distributed import connect, template, whole, whole_copy
 from marval.ema import EMA
-from marval.matching import (
-    ScoreMatching,
-    averaged_network,
-    copy_network,
-    draw_noise,
-    load_scores,
-    own_part,
-    shard_networks,
-    with_head,
-)
+from marval.matching import ScoreMatching, draw_noise, load_scores
 from marval.models.lora import adapt
 from marval.models.mar import MAR
 from marval.monitor import Monitor, class_in_turn, image_statistics, trial_size
+from marval.networks import averaged_network, copy_network, own_part, shard_networks, with_head
 from marval.pipeline import Pipeline
 from marval.reward_files import check_classifier, check_files, code_of, listed
 from marval.rewards import (
