@@ -2,14 +2,15 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from marval import masking, rng
 from marval.checkpoint import save_tensors
-from marval.config import DistillConfig
-from marval.curve import Curve, folder
+from marval.config import DistillConfig, GSIMConfig
+from marval.curve import Curve, best_folder
 from marval.data import ImageDataset, batch_indices, batch_tokens, load_data
 from marval.distributed import connect, template
 from marval.ema import EMA
@@ -111,6 +112,22 @@ def check_data(data: ImageDataset | LatentDataset, teacher: Pipeline) -> None:
         raise ValueError(f"{data.source} has {found}; the teacher takes {wanted}: give its own --data and --image-size")
 
 
+def check_divergence(step: int, row: dict[str, float], state: dict[str, Any], config: GSIMConfig) -> None:
+    """Raises FloatingPointError if the student's tokens spread further than ``widest``, which the run's first row sets.
+
+    Args:
+        row: as logged after ``step`` updates. state: saved with the run; keeps ``widest``, so that a resumed run has
+            the limit that it began with.
+    """
+    state.setdefault("widest", DIVERGED * max(row["image_std"], row["token_std"]))
+    if row["token_std"] > state["widest"]:
+        raise FloatingPointError(
+            f"step {step}: the student has diverged: its tokens have a standard deviation of {row['token_std']:.3g}, "
+            f"the data's is {row['image_std']:.3g}. Start again with more --gsim.auxiliary-updates, or with learning "
+            f"rates below --gsim.lr {config.lr:g} and --gsim.auxiliary-lr {config.auxiliary_lr:g}"
+        )
+
+
 def distill(
     config: DistillConfig, teacher_folder: str | Path, out: str | Path, resume: bool = False,
     start_folder: str | Path | None = None,
@@ -167,7 +184,7 @@ def distill(
             "student": student_part, "auxiliary": auxiliary, "ema": ema,
             "student_optimizer": student_optimizer, "auxiliary_optimizer": auxiliary_optimizer,
         },
-        curve.best,
+        curve.state,
     )  # fmt: skip
     curve.begin(run, start)
     labels_of_data = torch.from_numpy(data.labels)
@@ -243,8 +260,8 @@ def distill(
     dues = config.log_every, config.eval_every, config.save_every, config.sample_every
     progress = run.progress(start)
     for step in progress:
-        if curve.best["stop"]:  # a resumed run that had stopped
-            progress.stop(f"stopped: {curve.best['stop']}")
+        if curve.state["stop"]:  # a resumed run that had stopped
+            progress.stop(f"stopped: {curve.state['stop']}")
             break
         g = rng.generator(config.seed, 3, step, device=world.device)
         if step % config.context_updates == 0:
@@ -289,20 +306,13 @@ def distill(
                 lr=config.gsim.lr * lr_factor,
             )  # fmt: skip
             progress.show({name: row[name] for name in ("student_loss", "auxiliary_loss", "y")})
-            widest = DIVERGED * max(row["image_std"], row["token_std"])
-            if row["token_std"] > curve.best.setdefault("widest", widest):  # of the first row; a resumed run knows it
-                raise FloatingPointError(
-                    f"step {done}: the student has diverged: its tokens have a standard deviation of "
-                    f"{row['token_std']:.3g}, the data's is {row['image_std']:.3g}. Start again with more "
-                    f"--gsim.auxiliary-updates, or with learning rates below --gsim.lr {config.gsim.lr:g} "
-                    f"and --gsim.auxiliary-lr {config.gsim.auxiliary_lr:g}"
-                )
+            check_divergence(done, row, curve.state, config.gsim)
         if run.is_due(config.eval_every, done):
             current = averaged()
             if curve.measure(current, done, run):
-                keep(current, folder(out))  # at once: a run that dies leaves it
+                keep(current, best_folder(out))  # at once: a run that dies leaves it
             del current  # a whole copy
-        stop = bool(curve.best["stop"])
+        stop = bool(curve.state["stop"])
         save, show = stop or run.is_due(config.save_every, done), run.is_due(config.sample_every, done)
         if world.gathers and (save or show):
             current = averaged()
@@ -314,6 +324,6 @@ def distill(
         if save:
             run.save(done)  # last: a killed run repeats what the checkpoint does not know
         if stop:
-            progress.stop(f"stopped: {curve.best['stop']}")
+            progress.stop(f"stopped: {curve.state['stop']}")
             break
     return averaged().to(world.device)
