@@ -42,8 +42,9 @@ from marval.diffusion import cosine_schedule
 from marval.distributed import World
 from marval.ema import EMA
 from marval.floor import bandwidth, by_part, floor_seconds, matmul_rate, sampling_loads, synchronise
-from marval.matching import ScoreMatching, copy_head, copy_network, draw_noise, own_part
+from marval.matching import ScoreMatching, draw_guidance, draw_noise
 from marval.models.mar import MAR
+from marval.networks import copy_head, copy_network, own_part
 from marval.pipeline import Pipeline
 from marval.rng import ImageNoise
 from marval.run import versions
@@ -456,7 +457,7 @@ def match(
     """Contexts; then without end the auxiliary's update and the student's gradient."""
     batch, device = len(tokens), tokens.device
     visible, masked = masking.random_masks(batch, tokens.shape[1], num_masked, g)
-    w = matching.draw_guidance(batch, g)
+    w = draw_guidance(matching.student_config, batch, g)
     with torch.no_grad(), autocast(config.precision, device):
         context = matching.context(tokens, visible, masked, labels, w)
     shape = (batch, num_masked, tokens.shape[2])
@@ -503,7 +504,7 @@ def rl_step(suite: Suite, verb: str, size: str, batch: int) -> Callable[[], None
     def step() -> None:
         orders = torch.rand(tokens.shape[:2], generator=g, device=tokens.device).argsort(dim=1)
         z = torch.randn(tokens.shape, generator=g, device=tokens.device)
-        updates[0].backward(loss, orders, z, matching.draw_guidance(batch, g), last=False)
+        updates[0].backward(loss, orders, z, draw_guidance(matching.student_config, batch, g), last=False)
         next(match(matching, updates, config, tokens, labels, g, num_masked))
         updates[0].step(0)
         ema.update(updates[0].module)

@@ -14,7 +14,8 @@ from marval.algorithms import Batch, RewardGradient
 from marval.config import RLConfig
 from marval.costs import Work
 from marval.diffusion import respace
-from marval.matching import ScoreMatching, copy_network, draw_noise, load_scores
+from marval.matching import ScoreMatching, draw_noise, load_scores
+from marval.networks import copy_network
 from marval.pipeline import Pipeline
 from marval.rewards import class_prompts
 from marval.rng import ImageNoise, generator

@@ -193,7 +193,7 @@ def test_updates_on_the_same_contexts(trained: str, tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(ScoreMatching, "student_loss", checked)
     distill(dataclasses.replace(SHORT, **changes), tiny.teacher(), tmp_path / "run")
-    assert torch.equal(met[0].student, met[1].student) == (trained == "head")
+    assert torch.equal(met[0].student_condition, met[1].student_condition) == (trained == "head")
     plain = dataclasses.replace(SHORT, **{**changes, "context_updates": 1})
     distill(plain, tiny.teacher(), tmp_path / "plain")
     rows, plain = tiny.metrics(tmp_path / "run"), tiny.metrics(tmp_path / "plain")

@@ -14,8 +14,9 @@ from marval.checkpoint import save_tensors
 from marval.config import GSIMConfig, StudentConfig
 from marval.diffusion import cosine_schedule
 from marval.masking import random_masks
-from marval.matching import Context, Noise, ScoreMatching, copy_auxiliary, copy_network, draw_noise, load_scores
+from marval.matching import Context, Noise, ScoreMatching, draw_noise, load_scores
 from marval.models.mar import MAR
+from marval.networks import copy_auxiliary, copy_network
 from marval.pipeline import Pipeline
 from marval.rng import generator
 from marval.sampling import few_evaluations
@@ -112,7 +113,7 @@ def test_the_auxiliary_sees_the_students_conditions():
     assert not torch.allclose(context.student_condition, context.teacher_condition, atol=1e-2)
     assert not context.student_condition.requires_grad
     shared = made("head")[1]
-    assert shared.student is shared.teacher
+    assert shared.student_condition is shared.teacher_condition
     scores, context, _ = made("all", "network")
     assert isinstance(scores.auxiliary, MAR)
     assert_close(scores.auxiliary_condition(context), context.condition(scores.auxiliary))

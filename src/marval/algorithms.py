@@ -1,5 +1,5 @@
 """The two algorithms of RL: the gradient of a differentiable reward through the rollout, and a group-relative policy
-gradient for any black box (mathematics in marval.policy). An action is a whole image after all K AR steps."""
+gradient for any black box. Mathematics: marval.policy. An action is a whole image after all K AR steps."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -9,7 +9,9 @@ from torch import Tensor
 
 from marval import masking, policy
 from marval.config import RLConfig
+from marval.matching import draw_guidance
 from marval.models.mar import MAR, gather_tokens
+from marval.monitor import image_statistics
 from marval.pipeline import Pipeline
 from marval.sampling import last, student_tokens, unmask
 from marval.scoring import Reward, score
@@ -18,14 +20,14 @@ from marval.update import Update, autocast
 
 @dataclass
 class Batch:
-    """What a batch of rollouts starts from."""
+    """The random numbers from which a batch of B images of L tokens with D channels is rolled out."""
 
     labels: Tensor
     """(B,) classes."""
     prompts: list[str]
     """One per image."""
     orders: Tensor
-    """(B, L) in the order of being revealed."""
+    """(B, L) positions in the order of being revealed."""
     z: Tensor
     """(B, L, D) the student's noise, times the temperature."""
     w: Tensor
@@ -43,9 +45,36 @@ class Batch:
         return dataclasses.replace(self, **some, first=self.first + rows.start)
 
 
+def images_per_group(config: RLConfig) -> int:
+    """How many consecutive images of a batch share class, order, guidance scale and the student's noise; 1 is none."""
+    return config.group_size if config.algorithm == "group" else 1
+
+
+def draw_batch(
+    config: RLConfig, model: Pipeline, prompts: list[str], g: torch.Generator, host: torch.Generator
+) -> tuple[Batch, int]:
+    """The random numbers of an update's whole batch, and how many tokens are masked in the states of its anchor.
+
+    Args:
+        model: the student. prompts: one per class. g: of the numbers on its device. host: of those on the CPU.
+    """
+    assert model.student is not None
+    sizes, group = model.network.config, images_per_group(config)
+    count, length, device = config.batch // group, sizes.num_tokens, g.device
+    labels = torch.randint(sizes.num_classes, (count,), generator=g, device=device)
+    orders = torch.rand(count, length, generator=g, device=device).argsort(dim=1)
+    w = draw_guidance(model.student, count, g)
+    z, exploration = torch.randn(2, config.batch, length, sizes.token_dim, generator=g, device=device)
+    z = z[::group] * model.sampling.temperature
+    labels, orders, w, z = (x.repeat_interleave(group, dim=0) for x in (labels, orders, w, z))
+    num_masked = masking.inference_masked_count(length, config.ar_steps, float(torch.rand((), generator=host)))
+    grad_steps = policy.gradient_steps(config.ar_steps, config.grad_ar_steps, config.grad_ar_choice, host)
+    return Batch(labels, [prompts[i] for i in labels.tolist()], orders, z, w, exploration, grad_steps), num_masked
+
+
 @dataclass
 class Rollout:
-    """A batch, what the policy drew, and how it was scored; all without gradients."""
+    """Images that the policy drew from a batch, and how they were scored; all without gradients."""
 
     batch: Batch
     images: Tensor
@@ -59,16 +88,25 @@ class Rollout:
     log_prob: Tensor | None = None
     """(B, L) of the actions when they were drawn (algorithm group)."""
 
+    def watched(self, hinge: float | None) -> dict[str, Tensor]:
+        """What to watch: the mean reward, statistics of the images, and the share of rewards that are above a hinge."""
+        values = {"reward": self.rewards.mean()} | image_statistics(self.images)
+        return values if hinge is None else values | {"above_hinge": (self.rewards >= hinge).float().mean()}
+
 
 class Algorithm:
-    """What both have in common: the policy N(g(z, c), std^2 I) around each token of the student."""
+    """What both algorithms share: a policy that draws each token from N(g(z, c), std^2 I), g being the student.
+
+    Args:
+        model: the student that is trained. reference: the starting student, to which the KL is taken.
+    """
 
     def __init__(self, model: Pipeline, reward: Reward, config: RLConfig, reference: MAR):
         self.model, self.reward, self.config, self.reference = model, reward, config, reference
         self.counts = masking.masked_counts(model.network.config.num_tokens, config.ar_steps)
 
     def bound(self, tokens: Tensor) -> Tensor:
-        """Actions as backbone and decoder see them: clamped where the token range is known."""
+        """Tokens as backbone and decoder see them: clamped, where the tokenizer knows their range."""
         limits = self.model.tokenizer.token_range
         return tokens if limits is None else tokens.clamp(*limits)
 
@@ -80,13 +118,13 @@ class Algorithm:
         return target, gather_tokens(network.condition(self.bound(actions), visible, batch.labels), target)
 
     def mean(self, network: MAR, batch: Batch, target: Tensor, condition: Tensor) -> Tensor:
-        """Means (B, n, D) of the tokens at these positions."""
+        """Means (B, n, D) of the policy at the positions ``target`` (B, n) with their conditions (B, n, W)."""
         assert self.model.student is not None
         z, t_init = gather_tokens(batch.z, target), self.model.student.t_init
         return student_tokens(network.head, self.model.schedule, t_init, condition, z, batch.w)
 
     def kl(self, rollout: Rollout, k: int, target: Tensor, condition: Tensor, mean: Tensor) -> Tensor:
-        """Divergence of AR step k's policy from the starting student's, summed over tokens and images."""
+        """KL of the policy in AR step k from that of the starting student, summed over tokens and images."""
         with torch.no_grad():
             if self.config.trained != "head":  # else the starting student's conditions are the same
                 _, condition = self.condition(self.reference, rollout.batch, rollout.actions, k)
@@ -94,7 +132,7 @@ class Algorithm:
         return policy.gaussian_kl(mean, reference, self.config.std).sum()
 
     def step_loss(self, rollout: Rollout, k: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """AR step k's share of a mean loss per token, and what to watch."""
+        """The share that AR step k has in the mean loss per token, and what to watch."""
         raise NotImplementedError
 
     def steps(self, rollout: Rollout, update: Update, weight: float, last: bool) -> dict[str, Tensor]:
@@ -118,7 +156,7 @@ class RewardGradient(Algorithm):
     """Algorithm "gradient": minimise -min(R, hinge), backpropagated through AR steps of the rollout."""
 
     def loss(self, batch: Batch) -> tuple[Tensor, Rollout]:
-        """Roll out whole images; the loss keeps the graph."""
+        """Roll out whole images; returns minus their mean reward, with its graph, and the rollout."""
         plain = dataclasses.replace(self.model.sampling, temperature=1.0)  # it is in z
         steps = unmask(
             self.model.network, self.model.token_sampler(plain), batch.labels, batch.orders, self.counts, batch.z,
@@ -132,18 +170,18 @@ class RewardGradient(Algorithm):
         return policy.reward_loss(rewards, self.config.hinge).mean(), rollout
 
     def rollout(self, batch: Batch, update: Update, weight: float, last: bool) -> Rollout:
-        """Roll out and backpropagate at once, so that the graph of one part at a time is in memory."""
+        """Roll out a part and backpropagate at once, so that the graph of one part at a time is in memory."""
         return update.backward(self.loss, batch, weight=weight, last=last and self.config.kl == 0)[1]
 
     def step_loss(self, rollout: Rollout, k: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """KL to the starting student in AR step k; the tokens that it sees are constant."""
+        """The weighted KL to the starting student in AR step k; the tokens that the policy sees are constant."""
         target, condition = self.condition(self.model.network, rollout.batch, rollout.actions, k)
         mean = self.mean(self.model.network, rollout.batch, target, condition)
         kl = self.kl(rollout, k, target, condition, mean) / rollout.tokens[..., 0].numel()
         return self.config.kl * kl, {"kl": kl.detach()}
 
     def backward(self, rollout: Rollout, update: Update, weight: float, last: bool) -> dict[str, Tensor]:
-        """The reward's gradient was added up in `rollout`; the KL's is missing."""
+        """Add up the gradient of the KL; that of the reward was added up in `rollout`."""
         return self.steps(rollout, update, weight, last) if self.config.kl > 0 else {}
 
 
@@ -151,7 +189,7 @@ class GroupGradient(Algorithm):
     """Algorithm "group": clipped policy gradient with advantages normalised within groups of one class, order and z."""
 
     def rollout(self, batch: Batch, update: Update, weight: float, last: bool) -> Rollout:
-        """Only `explore`: the gradients come later, from `backward`."""
+        """Roll out a part by `explore`; the gradients come later, from `backward`."""
         return self.explore(batch)
 
     @torch.no_grad()
@@ -170,7 +208,7 @@ class GroupGradient(Algorithm):
         return Rollout(batch, images, tokens, score(self.reward, images, batch.prompts, batch.first), actions, log_prob)
 
     def step_loss(self, rollout: Rollout, k: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """PPO's clipped loss of AR step k, and the weighted KL."""
+        """PPO's clipped loss in AR step k, and the weighted KL."""
         assert rollout.log_prob is not None
         target, condition = self.condition(self.model.network, rollout.batch, rollout.actions, k)
         mean = self.mean(self.model.network, rollout.batch, target, condition)

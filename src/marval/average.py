@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from marval.checkpoint import save_tensors
-from marval.matching import AUXILIARY, read_scores
+from marval.matching import AUXILIARY, TEACHER, read_scores
 from marval.pipeline import Pipeline
 from marval.run import check_empty, new_folder
 
@@ -58,7 +58,7 @@ def average(folders: Sequence[Path], out: Path) -> str:
         others = [f for f, part in zip(folders, parts, strict=True) if not _equal(part["teacher"], teacher)]
         if others:
             raise ValueError(f"{others[0]} is a student of another teacher than {folders[0]}")
-        scores = {f"teacher.{name}": x for name, x in teacher.items()}
+        scores = {f"{TEACHER}{name}": x for name, x in teacher.items()}
         scores |= {f"{AUXILIARY}{name}": x for name, x in _mean([part["auxiliary"] for part in parts]).items()}
     first.network.load_state_dict(mean)
     own = [model.provenance for model in models]

@@ -43,8 +43,8 @@ class Curve:
         head_steps: of a teacher's inner chain, in place of the model's default.
 
     Attributes:
-        best: ``fid`` and ``step`` of the best evaluation, the ``misses`` since, why to ``stop``; the digest of the
-            ``network`` and the mean features (F,) of the ``reference``. Saved with the run.
+        state: what is saved with the run: ``fid`` and ``step`` of the best evaluation, the ``misses`` since, why to
+            ``stop``; the digest of the ``network`` and the mean features (F,) of the ``reference``.
 
     Raises:
         ValueError: a network or a reference that does not exist or does not suit the images, or no images at all.
@@ -55,7 +55,7 @@ class Curve:
         head_steps: int | None = None,
     ):  # fmt: skip
         self.config, self.model, self.data, self.world, self.head_steps = config, model, data, world, head_steps
-        self.best: dict[str, Any] = {"fid": float("inf"), "step": 0, "misses": 0, "stop": ""}
+        self.state: dict[str, Any] = {"fid": float("inf"), "step": 0, "misses": 0, "stop": ""}
         if not config.eval_every:
             return
         model.require_images()
@@ -64,38 +64,39 @@ class Curve:
             remedy = "name real images, or their statistics, with --reference"
             raise ValueError(f"{data.source}, are latents, and evaluations compare images: {remedy}")
         self.network = load_network(config.features, world)
-        self.best["network"] = self.network.digest
+        self.state["network"] = self.network.digest
         size, channels = model.tokenizer.image_size, model.tokenizer.image_channels
         self.network(np.zeros((1, size, size, channels), np.uint8))
         if config.reference and not needs_features(config.reference):
             check_features(model, load_reference(config.reference, self.network, size, channels, world), self.network)
 
     def begin(self, run: Run, start: int) -> None:
-        """Look at the reference, unless no evaluation is left; to be called once the run restored `best`.
+        """Read the reference, unless no evaluation is left; to be called once the run restored `state`.
 
         Raises:
             ValueError: the run went up to here with another network or reference, or the reference cannot be read.
         """
-        config, best = self.config, self.best
+        config, state = self.config, self.state
         if not config.eval_every:
             return
         remedy = "put back what the run began with, or choose another --out"
-        if best["network"] != self.network.digest:
-            was, now = best["network"], self.network.digest
+        if state["network"] != self.network.digest:
+            was, now = state["network"], self.network.digest
             raise ValueError(f"{run.out} was begun with features sha256 {was}, {config.features} has {now}: {remedy}")
-        if start >= config.steps or best["stop"]:
+        if start >= config.steps or state["stop"]:
             return
         self.reference = self._reference()
         check_features(self.model, self.reference, self.network)
         mean, variance = self.reference.moments.mu, self.reference.moments.sigma.trace()
-        moved = ((mean - best.setdefault("reference", torch.from_numpy(mean)).numpy()) ** 2).sum()
+        moved = ((mean - state.setdefault("reference", torch.from_numpy(mean)).numpy()) ** 2).sum()
         if moved > _SAME * variance:
             what = f"{self.reference.name}, {self.reference.source}"
             shift = f"their mean features are {(moved / variance) ** 0.5:.2g} standard deviations away"
             raise ValueError(f"{run.out} was begun with another reference than {what}: {shift}: {remedy}")
 
     def _reference(self) -> Reference:
-        """What the settings name, or the training images; the features of no more images than an evaluation draws.
+        """The reference that the settings name, or the training images; features of no more images than an evaluation
+        draws.
 
         FID takes the statistics of all. Precision and recall depend on the number of images that span their balls, and
         take time in proportion to its square.
@@ -115,11 +116,11 @@ class Curve:
         return dataclasses.replace(found, features=found.features[subset(len(found.features), config)])
 
     def measure(self, model: Pipeline, step: int, run: Run) -> bool:
-        """Measure the averaged model after ``step`` updates, on all processes; whether it is the best so far.
+        """Measure the averaged model after ``step`` updates, on all processes; returns whether it is the best so far.
 
-        It then learns its number in its provenance, and is the caller's to save, in `folder`.
+        The best has its number in its provenance, and is the caller's to save, in `best_folder`.
         """
-        config, best = self.config, self.best
+        config, state = self.config, self.state
         settings = EvaluateConfig(
             num_images=config.eval_images, seed=config.seed + HELD_OUT_SEED, precision=config.precision,
             batch=self.world.parts(config.batch, config.accumulate)[0].own.stop,  # as many as an update takes at once
@@ -133,24 +134,26 @@ class Curve:
         values = {name: value for name, value in zip(MEASURES, shared, strict=True) if value == value}
         run.log(step, **{f"{name}_heldout": value for name, value in values.items()})
 
-        better = values["fid"] < best["fid"]
+        better = values["fid"] < state["fid"]
         if better:
-            best.update(fid=values["fid"], step=step, misses=0)
+            state.update(fid=values["fid"], step=step, misses=0)
             model.provenance |= {"best_update": step, "fid_heldout": float(f"{values['fid']:.6g}")}
         else:
-            best["misses"] += 1
-        if 0 < config.patience <= best["misses"]:
-            since = f"since that of update {best['step']}, which is in {folder(run.out)}"
-            best["stop"] = f"no FID below {best['fid']:.4g} in {best['misses']} evaluations {since}"
+            state["misses"] += 1
+        if 0 < config.patience <= state["misses"]:
+            since = f"since that of update {state['step']}, which is in {best_folder(run.out)}"
+            state["stop"] = f"no FID below {state['fid']:.4g} in {state['misses']} evaluations {since}"
         if self.world.is_main:
             numbers = ", ".join(f"{name.upper() if len(name) == 3 else name} {v:.4g}" for name, v in values.items())
-            record = "the best so far" if better else f"best: {best['fid']:.4g} at update {best['step']}"
+            record = "the best so far" if better else f"best: {state['fid']:.4g} at update {state['step']}"
             tqdm.write(f"update {step}: {numbers} ({record})", file=sys.stderr)
         return better
 
 
 def needs_features(reference: str) -> bool:
-    """Whether `load_reference` takes a while: there are images to look at, not statistics or an unreadable file alone.
+    """Whether a reference holds images whose features `load_reference` computes, which takes a while.
+
+    It does not if it holds statistics, or is a file that cannot be read.
 
     Raises:
         ValueError: nothing of this name exists.
@@ -168,12 +171,12 @@ def needs_features(reference: str) -> bool:
 
 
 def subset(count: int, config: CurveConfig) -> Tensor:
-    """Numbers of the real images, of so many, whose features an evaluation compares with: `eval_images` at most."""
+    """Indices of those of ``count`` real images whose features an evaluation compares with: `eval_images` at most."""
     if count <= config.eval_images:
         return torch.arange(count)
     return torch.randperm(count, generator=generator(config.seed, _SUBSET_KEY))[: config.eval_images]
 
 
-def folder(out: Path) -> Path:
-    """Where the best model of a run lies."""
+def best_folder(out: Path) -> Path:
+    """Folder of the best model of the run in ``out``."""
     return out / "best"

@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,27 +10,17 @@ from torch import Tensor
 from marval import masking, rng
 from marval.batches import batch_indices, batch_tokens
 from marval.checkpoint import save_tensors
-from marval.config import DistillConfig
-from marval.curve import Curve, folder
+from marval.config import DistillConfig, GSIMConfig
+from marval.curve import Curve, best_folder
 from marval.data import ImageDataset, load_data
 from marval.distributed import connect, template
 from marval.ema import EMA
 from marval.latents import LatentDataset
-from marval.matching import (
-    Context,
-    ScoreMatching,
-    averaged_network,
-    copy_auxiliary,
-    copy_network,
-    draw_noise,
-    own_part,
-    read_scores,
-    shard_networks,
-    with_part,
-)
+from marval.matching import Context, ScoreMatching, draw_guidance, draw_noise, read_scores
 from marval.models.autoencoders import autoencoder_digest
 from marval.models.head import DiffusionHead
 from marval.models.mar import MAR, gather_tokens
+from marval.networks import averaged_network, copy_auxiliary, copy_network, own_part, shard_networks, with_part
 from marval.pipeline import Pipeline
 from marval.run import Run
 from marval.sampling import few_evaluations, last, unmask
@@ -122,6 +113,22 @@ def check_data(data: ImageDataset | LatentDataset, teacher: Pipeline) -> None:
         raise ValueError(f"{data.source} has {found}; the teacher takes {wanted}: give its own --data and --image-size")
 
 
+def check_divergence(step: int, row: dict[str, float], state: dict[str, Any], config: GSIMConfig) -> None:
+    """Raises FloatingPointError if the student's tokens spread further than ``widest``, which the run's first row sets.
+
+    Args:
+        row: as logged after ``step`` updates. state: saved with the run; keeps ``widest``, so that a resumed run has
+            the limit that it began with.
+    """
+    state.setdefault("widest", DIVERGED * max(row["image_std"], row["token_std"]))
+    if row["token_std"] > state["widest"]:
+        raise FloatingPointError(
+            f"step {step}: the student has diverged: its tokens have a standard deviation of {row['token_std']:.3g}, "
+            f"the data's is {row['image_std']:.3g}. Start again with more --gsim.auxiliary-updates, or with learning "
+            f"rates below --gsim.lr {config.lr:g} and --gsim.auxiliary-lr {config.auxiliary_lr:g}"
+        )
+
+
 def distill(
     config: DistillConfig, teacher_folder: str | Path, out: str | Path, resume: bool = False,
     start_folder: str | Path | None = None,
@@ -178,7 +185,7 @@ def distill(
             "student": student_part, "auxiliary": auxiliary, "ema": ema,
             "student_optimizer": student_optimizer, "auxiliary_optimizer": auxiliary_optimizer,
         },
-        curve.best,
+        curve.state,
     )  # fmt: skip
     curve.begin(run, start)
     labels_of_data = torch.from_numpy(data.labels)
@@ -227,7 +234,7 @@ def distill(
         ratios = "inference" if rolls and config.mask_ratios == "training" else config.mask_ratios
         num_masked = masking.masked_count(ratios, length, config.ar_steps, share)
         visible, masked = masking.random_masks(config.batch, length, num_masked, g)
-        w = matching.draw_guidance(config.batch, g)
+        w = draw_guidance(config.student, config.batch, g)
         rolls = rolls and num_masked < length
         z, orders = torch.empty(0), torch.empty(0)
         if rolls:
@@ -254,8 +261,8 @@ def distill(
     dues = config.log_every, config.eval_every, config.save_every, config.sample_every
     progress = run.progress(start)
     for step in progress:
-        if curve.best["stop"]:  # a resumed run that had stopped
-            progress.stop(f"stopped: {curve.best['stop']}")
+        if curve.state["stop"]:  # a resumed run that had stopped
+            progress.stop(f"stopped: {curve.state['stop']}")
             break
         g = rng.generator(config.seed, 3, step, device=world.device)
         if step % config.context_updates == 0:
@@ -300,20 +307,13 @@ def distill(
                 lr=config.gsim.lr * lr_factor,
             )  # fmt: skip
             progress.show({name: row[name] for name in ("student_loss", "auxiliary_loss", "y")})
-            widest = DIVERGED * max(row["image_std"], row["token_std"])
-            if row["token_std"] > curve.best.setdefault("widest", widest):  # of the first row; a resumed run knows it
-                raise FloatingPointError(
-                    f"step {done}: the student has diverged: its tokens have a standard deviation of "
-                    f"{row['token_std']:.3g}, the data's is {row['image_std']:.3g}. Start again with more "
-                    f"--gsim.auxiliary-updates, or with learning rates below --gsim.lr {config.gsim.lr:g} "
-                    f"and --gsim.auxiliary-lr {config.gsim.auxiliary_lr:g}"
-                )
+            check_divergence(done, row, curve.state, config.gsim)
         if run.is_due(config.eval_every, done):
             current = averaged()
             if curve.measure(current, done, run):
-                keep(current, folder(out))  # at once: a run that dies leaves it
+                keep(current, best_folder(out))  # at once: a run that dies leaves it
             del current  # a whole copy
-        stop = bool(curve.best["stop"])
+        stop = bool(curve.state["stop"])
         save, show = stop or run.is_due(config.save_every, done), run.is_due(config.sample_every, done)
         if world.gathers and (save or show):
             current = averaged()
@@ -325,6 +325,6 @@ def distill(
         if save:
             run.save(done)  # last: a killed run repeats what the checkpoint does not know
         if stop:
-            progress.stop(f"stopped: {curve.best['stop']}")
+            progress.stop(f"stopped: {curve.state['stop']}")
             break
     return averaged().to(world.device)

@@ -41,7 +41,8 @@ class Part(NamedTuple):
     own: slice
     """The same rows, counted from the first row of this process."""
     weight: float
-    """Of a mean over these rows, so that the sum over parts, averaged over processes, is the mean over the batch."""
+    """Factor for the mean loss of these rows. Summed over parts and averaged over processes, the result is the batch
+    mean."""
 
 
 @dataclass(frozen=True)

@@ -38,19 +38,11 @@ from marval.ema import EMA
 from marval.features import BATCH
 from marval.floor import H200, matmul_rate
 from marval.importing import KL16
-from marval.matching import (
-    Context,
-    Noise,
-    ScoreMatching,
-    copy_auxiliary,
-    copy_network,
-    own_part,
-    with_head,
-    with_part,
-)
+from marval.matching import Context, Noise, ScoreMatching
 from marval.models.autoencoders import KL, TAESD
 from marval.models.lora import adapt
 from marval.models.mar import MAR
+from marval.networks import copy_auxiliary, copy_network, own_part, with_head, with_part
 from marval.recipes import IMAGENET_IMAGES
 from marval.reward_costs import scorers
 from marval.reward_files import listed

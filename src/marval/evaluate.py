@@ -177,11 +177,10 @@ def _jobs(models: Sequence[Pipeline], folders: Sequence[Path], config: EvaluateC
                          "model before RL")  # fmt: skip
     digests = [weights_digest(model) for model in models]
     if len(models) > 1:
-        names = ("after", "before")
-        return [_Job(name, *both, rows[0], name) for name, *both in zip(names, models, digests, strict=True)]
-    if len(rows) == 1:
-        return [_Job("evaluate", models[0], digests[0], rows[0], "000")]
-    return [_Job(f"{i + 1}/{len(rows)}", models[0], digests[0], row, f"{i:03d}") for i, row in enumerate(rows)]
+        each = zip(("after", "before"), models, digests, strict=True)
+        return [_Job(name, model, digest, rows[0], name) for name, model, digest in each]
+    titles = ["evaluate"] if len(rows) == 1 else [f"{i + 1}/{len(rows)}" for i in range(len(rows))]
+    return [_Job(titles[i], models[0], digests[0], row, f"{i:03d}") for i, row in enumerate(rows)]
 
 
 def _write(files: _Files, jobs: Sequence[_Job], results: list[dict[str, Any]], folders: Sequence[Path]) -> None:

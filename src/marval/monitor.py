@@ -45,7 +45,10 @@ Ranges = dict[str, list[float]]
 
 
 def per_image(images: Tensor) -> dict[str, Tensor]:
-    """What `summary` needs of float NCHW images in [0, 1]: a row for each."""
+    """The statistics of each of B float NCHW images in [0, 1]: ``colours``, a histogram (B, bins), and scalars (B,).
+
+    See `image_statistics`, which takes their means over the images.
+    """
     count, channels = images.shape[:2]
     levels = 16 if channels == 1 else 4
     colour = torch.zeros_like(images[:, 0], dtype=torch.long)
@@ -66,14 +69,14 @@ def per_image(images: Tensor) -> dict[str, Tensor]:
 
 
 def summary(rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Means of `per_image`, and the entropy of all their colours together."""
+    """Mean of each statistic of `per_image`; in place of ``colours``, the entropy of the mean histogram, in bits."""
     means = {name: value.mean(0) for name, value in rows.items()}
     colours = means.pop("colours")
     return means | {"entropy": -(colours * colours.clamp(min=1e-12).log2()).sum()}
 
 
 def image_statistics(images: Tensor) -> dict[str, Tensor]:
-    """Where reward hacking shows first: float NCHW in [0, 1] -> scalars.
+    """Statistics of float NCHW images in [0, 1] in which reward hacking shows first, as scalars by name.
 
     ``brightness`` (mean), ``contrast`` (standard deviation within an image), ``saturation`` (largest channel minus
     smallest; 0 for grey images), ``edge_density`` (mean absolute difference of neighbours), ``clipped`` (share of
@@ -83,18 +86,18 @@ def image_statistics(images: Tensor) -> dict[str, Tensor]:
 
 
 def class_in_turn(i: int, count: int, classes: int) -> int:
-    """Class of image i of ``count``: classes in turn, or, where there are more classes, evenly spread over them."""
+    """Class of image i of ``count``: classes take turns, or, where there are more classes, are evenly spread."""
     return i * classes // count % classes if count < classes else i % classes
 
 
 def trial_size(classes: int) -> int:
-    """Images on which rewards and networks are tried before anything else happens: of every class, up to 64."""
+    """Number of images on which rewards and networks are tried before anything else: one of every class, up to 64."""
     return max(PROBE, min(classes, 64))
 
 
 def networks_of(reward: Reward, classifier: str) -> set[str]:
-    """What a reward asks, each part of a sum: the weights of a classifier, and where a CLIP, an ImageReward or a
-    function lies."""
+    """Names of the networks and functions that a reward asks, each part of a sum: a classifier by the digest of its
+    weights, a CLIP, an ImageReward or a function by its path."""
     parts = reward.rewards if isinstance(reward, WeightedSum) else [reward]
     found = set()
     for part in parts:
@@ -111,17 +114,17 @@ def networks_of(reward: Reward, classifier: str) -> set[str]:
 
 @dataclass(frozen=True)
 class Monitor:
-    """Looks at models on fixed seeds and prompts."""
+    """Measures models on fixed seeds and prompts, and compares them with the starting student."""
 
     config: RLConfig
     world: World
     prompts: list[str]
     """One per class."""
     rewards: dict[str, Reward]
-    """``reward``, the trained one, then held-out ones by short name."""
+    """The trained one as ``reward``, then held-out ones by their short names."""
     judge: ClassifierLogProb | None
     network: FeatureNetwork | None
-    """Of FID and its kind; None leaves them out. The classifier that the reward is made of only where it is named."""
+    """Network of FID, KID, precision and recall; None leaves them out."""
     reference: Reference | None
     independent: bool
     """Whether anything is watched that the reward does not optimise, other than image statistics."""
@@ -130,7 +133,12 @@ class Monitor:
 
     @classmethod
     def make(cls, config: RLConfig, student: Pipeline, reward: Reward, world: World) -> "Monitor":
-        """Load what the config names.
+        """A monitor of what the config names: loads held-out rewards, judge, network and reference.
+
+        The classifier that the reward is made of is the network only where the config names it.
+
+        Args:
+            student: the starting student. reward: the trained one.
 
         Raises:
             ValueError: a reward, a network or a reference that does not exist or does not suit the images; all are
@@ -182,7 +190,7 @@ class Monitor:
 
     @torch.no_grad()
     def rows(self, model: Pipeline, seed: int) -> dict[str, Tensor]:
-        """What is measured of each of `eval_images` images of all processes, classes in turn; (N, ...) on the CPU.
+        """The numbers of each of N = `eval_images` images, drawn by all processes, classes in turn; (N, ...), CPU.
 
         Args:
             seed: which set of images, counted from 0.
@@ -202,10 +210,10 @@ class Monitor:
 
     @torch.no_grad()
     def row(self, images: np.ndarray, asked: Tensor, first: int = 0) -> dict[str, Tensor]:
-        """What is measured of each of some images, uint8 NHWC, of the classes (B,) asked for: (B, ...).
+        """The numbers of each of B images, uint8 NHWC, by name: rewards, judge, features, image statistics; (B, ...).
 
         Args:
-            first: number of the first image, for messages.
+            asked: (B,) the classes that were asked for. first: number of the first image, for messages.
         """
         x = to_float(torch.from_numpy(images)).to(asked.device)
         prompts = [self.prompts[label] for label in asked.tolist()]
@@ -220,11 +228,12 @@ class Monitor:
         return row | per_image(x)
 
     def measure(self, model: Pipeline, seed: int = 0) -> dict[str, float]:
-        """Every held-out number of the model on one set of images; the same on all processes."""
+        """Every held-out number of a model, ``NAME_heldout``, on the set of images ``seed``; the same on all
+        processes."""
         return self.numbers(self.rows(model, seed))
 
     def numbers(self, rows: Mapping[str, Tensor]) -> dict[str, float]:
-        """Held-out numbers from `rows`: means over the images, and FID, KID, precision and recall of their features."""
+        """Held-out numbers from `rows`: means over the images, and FID, KID, precision and recall of the features."""
         numbers = summary({name: value for name, value in rows.items() if name != "features"})
         if "features" in rows and self.reference is not None:
             distances = self.distances(rows["features"], self.reference)
@@ -232,7 +241,8 @@ class Monitor:
         return self.world.means({f"{name}_heldout": value for name, value in numbers.items()})
 
     def distances(self, features: Tensor, reference: Reference) -> dict[str, float]:
-        """FID, KID, precision and recall of features (N, F)."""
+        """FID of features (N, F) to a reference and, if it has features and there are enough images, KID, precision and
+        recall."""
         values = {"fid": frechet_distance(reference.moments, moments_of(features))}
         real = reference.features
         if real is not None and min(len(real), len(features)) > NEIGHBOURS:
@@ -287,7 +297,7 @@ class Monitor:
         return found
 
     def collapsed(self, alarms: Mapping[str, float], values: Mapping[str, float], ranges: Ranges) -> str:
-        """Why the model has: too many alarms, or images alike; empty if it has not.
+        """Why a model counts as collapsed, too many alarms or images that are alike; empty if it does not.
 
         Image statistics alone may be what the reward asks for: they count where nothing else is watched and all that
         can raise an alarm do.
@@ -301,24 +311,24 @@ class Monitor:
         return f"{len(alarms)} alarms ({', '.join(alarms)})" if many else ""
 
     def limits(self, name: str, ranges: Ranges) -> tuple[float, float]:
-        """Both ends of a number's range."""
+        """The lower and the upper end of a number's range."""
         centre, spread = ranges[name]
         return centre - self.config.range_width * spread, centre + self.config.range_width * spread
 
     def stated(self, ranges: Ranges) -> dict[str, float]:
-        """All ranges, for the log."""
+        """Both ends of all ranges, for the log: ``NAME_low`` and ``NAME_high``."""
         ends = ((name, self.limits(name, ranges)) for name in ranges)
         return {f"{name}_{end}": value for name, pair in ends for end, value in zip(("low", "high"), pair, strict=True)}
 
     def line(self, step: int, name: str, value: float, ranges: Ranges) -> str:
-        """An alarm as people read it."""
+        """The message of an alarm: update, number, value and range."""
         low, high = self.limits(name, ranges)
         where = f"{self.config.range_width:g} spreads over {self.config.range_seeds} seeds of the starting student"
         return f"ALARM update {step}: {name} {value:.4g} is outside {low:.4g} .. {high:.4g} ({where})"
 
     @property
     def selected(self) -> str:
-        """Name of the number that picks the best model (`RLConfig.select`)."""
+        """Name of the number that picks the best model, as `RLConfig.select` says."""
         held_out = list(self.rewards)[1:]
         select = self.config.select
         if select == "auto":

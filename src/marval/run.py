@@ -40,20 +40,24 @@ FREE = ("device", "shard", "accumulate", "activation_checkpointing", "compile", 
 
 
 def digest_of(path: Path) -> str:
-    """Start of the SHA-256 of a file, or of the weights in a folder or of a classifier that comes with marval."""
+    """First 16 hex digits of the SHA-256 of a file, or of the weights of a model folder.
+
+    Args:
+        path: or the name of a classifier that comes with marval.
+    """
     path = classifier_folder(path)
     return sha256(path if path.is_file() else path / "model.safetensors")[:16]
 
 
 class Stateful(Protocol):
-    """What a run saves: modules, optimizers, averages."""
+    """Anything with a state that a run saves: modules, optimizers, averages."""
 
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: Any, /) -> Any: ...
 
 
 def versions(device: torch.device) -> dict[str, Any]:
-    """What a number was measured with."""
+    """Versions of marval, PyTorch and Python, platform, threads and device, to be kept beside what was measured."""
     return {
         "marval": __version__,
         "torch": torch.__version__,
@@ -102,7 +106,9 @@ def new_folder(path: Path) -> Path:
 def check_folder(
     out: Path, verb: str, config: RunConfig, resume: bool, inputs: dict[str, Path] | None = None
 ) -> dict[str, Any]:
-    """The settings of a run, as its folder keeps them, once it is clear that the folder can take it; writes nothing.
+    """Check that ``out`` can hold this run, new or resumed with the same settings; returns the settings for meta.json.
+
+    Writes nothing.
 
     Raises:
         ValueError: see `Run`.
@@ -194,7 +200,7 @@ class Run:
             self._write_meta(step)
 
     def log(self, step: int, **values: float | Tensor) -> dict[str, float]:
-        """Append one line to metrics.jsonl, and tell the tracker."""
+        """Append one line to metrics.jsonl, and tell the tracker; returns the values as floats."""
         row = {name: float(value) for name, value in values.items()}
         if self.world.is_main:
             with open(self.metrics_file, "a") as file:
@@ -212,20 +218,25 @@ class Run:
             self.tracker.picture(step, file)
 
     def is_due(self, every: int, step: int) -> bool:
-        """Whether something that happens every so many updates happens after update ``step``; always at the end."""
+        """Whether what happens after every ``every`` updates happens after update ``step``, counted from 1.
+
+        At 0 it never does, else also at the end of the run.
+        """
         return every > 0 and (step % every == 0 or step == self.config.steps)
 
     def read_ahead(
         self, read: Callable[[int], Read], start: int, data: ImageDataset | LatentDataset, every: int = 1
     ) -> Iterator[Read]:
-        """``read(step)`` of each remaining update, or of one in so many; one ahead, in the background, where data come
-        from files."""
+        """Iterate over ``read(step)`` of the remaining updates, or of one in ``every``.
+
+        Where the data come from files, the next one is read in the background.
+        """
         steps = range(start, self.config.steps, every)
         on_disk = isinstance(data, LatentDataset) or isinstance(data.images, LazyImages)
         return prefetch(read, steps) if on_disk else map(read, steps)
 
     def progress(self, start: int) -> "Progress":
-        """Iterate over the remaining updates with a progress bar."""
+        """The remaining updates, counted from 0, to iterate over with a progress bar."""
         return Progress(self.verb, start, self.config.steps, self.world.is_main)
 
 
@@ -249,12 +260,12 @@ class Progress:
             self.bar.close()
 
     def stop(self, why: str) -> None:
-        """Close the bar early, saying why."""
+        """Close the bar before the end, and say why on stderr."""
         visible = not self.bar.disable
         self.bar.close()
         if visible:
             tqdm.write(why, file=sys.stderr)
 
     def show(self, values: dict[str, float]) -> None:
-        """Losses to show beside the bar."""
+        """Show losses beside the bar."""
         self.bar.set_postfix({name: f"{value:.3g}" for name, value in values.items()}, refresh=False)

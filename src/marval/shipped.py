@@ -3,7 +3,7 @@
 from pathlib import Path
 
 FOLDER = Path(__file__).parent / "checkpoints"
-MODELS = ("teacher", "student", "aligned")
+MODELS: tuple[str, ...] = ("teacher", "student", "aligned")
 """Folders of the models that the whole path makes, in the order in which each starts from the one before."""
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from marval import masking, rng
 from marval.batches import batch_indices, batch_tokens
 from marval.config import MARConfig, TrainConfig
-from marval.curve import Curve, folder
+from marval.curve import Curve, best_folder
 from marval.data import ImageDataset, load_data
 from marval.diffusion import Schedule, cosine_schedule, denoising_loss, q_sample
 from marval.distributed import connect, template
@@ -134,7 +134,7 @@ def train(config: TrainConfig, out: str | Path, resume: bool = False) -> Pipelin
     update = Update("teacher", network, optimizer, config, world, call)
     ema = EMA(network, config.ema, blank)
     run = Run(out, "train", config, resume, world)
-    start = run.restore({"network": network, "ema": ema, "optimizer": optimizer}, curve.best)
+    start = run.restore({"network": network, "ema": ema, "optimizer": optimizer}, curve.state)
     curve.begin(run, start)
 
     def averaged() -> Pipeline:
@@ -151,8 +151,8 @@ def train(config: TrainConfig, out: str | Path, resume: bool = False) -> Pipelin
     dues = config.log_every, config.eval_every, config.save_every, config.sample_every
     progress = run.progress(start)
     for step, (own_tokens, labels) in zip(progress, run.read_ahead(read, start, data), strict=True):
-        if curve.best["stop"]:  # a resumed run that had stopped
-            progress.stop(f"stopped: {curve.best['stop']}")
+        if curve.state["stop"]:  # a resumed run that had stopped
+            progress.stop(f"stopped: {curve.state['stop']}")
             break
         # ---- draw: the numbers of the whole batch; each part takes its rows
         g = rng.generator(config.seed, 1, step, device=world.device)
@@ -190,9 +190,9 @@ def train(config: TrainConfig, out: str | Path, resume: bool = False) -> Pipelin
         if run.is_due(config.eval_every, done):
             current = averaged()
             if curve.measure(current, done, run) and world.is_main:
-                current.save(folder(out))  # at once: a run that dies leaves it
+                current.save(best_folder(out))  # at once: a run that dies leaves it
             del current  # a whole copy
-        stop = bool(curve.best["stop"])
+        stop = bool(curve.state["stop"])
         save, show = stop or run.is_due(config.save_every, done), run.is_due(config.sample_every, done)
         if world.gathers and (save or show):
             current = averaged()
@@ -204,6 +204,6 @@ def train(config: TrainConfig, out: str | Path, resume: bool = False) -> Pipelin
         if save:
             run.save(done)  # last: a killed run repeats what the checkpoint does not know
         if stop:
-            progress.stop(f"stopped: {curve.best['stop']}")
+            progress.stop(f"stopped: {curve.state['stop']}")
             break
     return averaged().to(world.device)

@@ -1,4 +1,4 @@
-"""What an update computes with: precision, compiled blocks, CUDA graphs, learning rate, and the optimizer's step."""
+"""One optimizer step and what it computes with: precision, compiled blocks, CUDA graphs, learning rate."""
 
 import contextlib
 import math
@@ -19,17 +19,18 @@ Rest = TypeVar("Rest")
 
 
 def is_bf16(precision: str, device: torch.device) -> bool:
-    """What ``auto`` means: bf16 on CUDA, float32 on the CPU."""
+    """Whether matrix products are in bfloat16: with precision ``bf16``, and with ``auto`` on CUDA."""
     return precision == "bf16" or (precision == "auto" and device.type == "cuda")
 
 
 def autocast(precision: str, device: torch.device) -> torch.autocast:
-    """Matrix products in bfloat16, or as they are."""
+    """A context in which matrix products are in bfloat16, or as they are; see `is_bf16`."""
     return torch.autocast(device.type, torch.bfloat16, enabled=is_bf16(precision, device))
 
 
 def prepare(network: MAR, config: RunConfig) -> None:
-    """Switch on a network, before it is sharded, what the run asks for: activation checkpointing, compiled blocks.
+    """Switch on what the run asks of a network: activation checkpointing, compiled blocks. To be called before it is
+    sharded.
 
     On the CPU, blocks that are not compiled multiply by oneDNN (`marval.models.cpu`).
     """
@@ -41,7 +42,7 @@ def prepare(network: MAR, config: RunConfig) -> None:
 
 
 def caller(config: CurveConfig, world: World) -> Call:
-    """How an update's functions are called: plainly, or as the run asks for, from CUDA graphs.
+    """The way in which an update's functions are called: plainly or, if the run asks for it, from CUDA graphs.
 
     Raises:
         ValueError: graphs without CUDA, or on several processes.
@@ -62,7 +63,7 @@ def add_weighted(sums: dict[str, Tensor], weight: float, values: dict[str, Tenso
 
 
 def warmup_then_cosine(step: int, steps: int, warmup: int, decay: bool) -> float:
-    """Factor of the learning rate: linear warm-up, then constant or cosine to zero at the last update."""
+    """Factor of the learning rate in update ``step``: linear warm-up, then constant or (``decay``) cosine to zero."""
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup))) if decay else 1.0
@@ -80,8 +81,13 @@ class _Evaluate(nn.Module):
 
 
 class Update:
-    """One network's optimizer step from the gradients of its own parameters, averaged over the processes, checked and
-    clipped. A loss may pass through other networks: they are left without gradients."""
+    """Steps one network's optimizer: gradients of its own parameters, averaged over processes, checked and clipped.
+
+    A loss may pass through other networks: they are left without gradients.
+
+    Args:
+        name: of the network, for messages. module: what is trained of it.
+    """
 
     def __init__(
         self, name: str, module: nn.Module, optimizer: torch.optim.Optimizer, config: RunConfig, world: World,
@@ -135,7 +141,7 @@ class Update:
         return loss, rest
 
     def zero_grad(self) -> None:
-        """No gradients; or zeros, where graphs know their addresses."""
+        """Forget all gradients; with graphs, which know their addresses, set them to zero."""
         if self.call is plainly:
             self.optimizer.zero_grad()
             return
