@@ -11,7 +11,7 @@ SOURCE = Path(marval.__file__).parent
 MATHEMATICS = {"diffusion", "gsim", "masking", "policy", "rng"}
 LOOPS = {"train", "distill", "rl", "quickstart", "run", "matching", "evaluate", "bench", "report", "importing"} | {
     "update", "average", "export", "encode", "draw", "reference", "tables", "dryrun", "costs", "features", "metrics",
-    "demo",
+    "demo", "needs", "sampling_costs", "update_costs",
 }  # fmt: skip
 DATA = {
     "tokenizers", "sampling", "masking", "checkpoint", "config", "distributed", "watch", "ema", "data", "latents",
