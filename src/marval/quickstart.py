@@ -22,12 +22,13 @@ from marval.draw import head_evaluations_per_token, sample_in_turn
 from marval.evaluate import weights_digest
 from marval.features import FeatureNetwork, classifier_features
 from marval.metrics import Moments, frechet_distance, moments_of
-from marval.models.classifier import Classifier, train_classifier
+from marval.models.classifier import Classifier
 from marval.pipeline import Pipeline
 from marval.report import write_report
 from marval.rl import rl
 from marval.run import versions, writable_folder
 from marval.train import train
+from marval.train_classifier import train_classifier
 
 STAGES = ("teacher", "student", "aligned")
 
