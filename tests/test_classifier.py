@@ -9,8 +9,9 @@ import torch
 
 from marval.checkpoint import load_tensors, save_tensors
 from marval.data import ImageDataset, load_dataset
-from marval.models.classifier import Arch, Classifier, ClassifierConfig, accuracy, train_classifier
+from marval.models.classifier import Arch, Classifier, ClassifierConfig
 from marval.tokenizers import to_float
+from marval.train_classifier import accuracy, train_classifier
 
 ARCHS: tuple[Arch, ...] = ("conv", "resnet")
 NAMES = list("0123456789")

@@ -204,6 +204,7 @@ def test_processes_and_sharding():
     assert "4 processes" in text
     assert "split over the processes (FSDP2)" in text
     assert "in 2 parts of 8" in text
+    assert "each at 33% of 790 TFLOP/s" in text
     assert all(len(line) <= 120 for line in text.splitlines())
     with pytest.raises(ValueError, match="batch 64 is too small for 40 processes with 2 parts each"):
         plan("distill", config, MODEL, 40)
@@ -232,7 +233,7 @@ def test_evaluation_sums_its_settings():
     config = EvaluateConfig(num_images=100, batch=10, ar_steps="2,4", guidance="2", head_steps="20", device="cpu")
     model = dataclasses.replace(MODEL, depth=1, head_depth=1)
     teacher = plan("evaluate", config, model, 2, this_machine=False)
-    assert (teacher["images"], teacher["steps"]) == (200, 10)
+    assert (teacher["images"], teacher["steps"]) == (200, 20)  # of two processes one has a chunk to draw
     assert teacher["memory"]["gradients"] == teacher["memory"]["optimizer"] == 0
     assert "trained" in table(teacher)
     student = plan("evaluate", config, model, 2, student=StudentConfig(), this_machine=False)
@@ -240,6 +241,55 @@ def test_evaluation_sums_its_settings():
     # the student runs the backbone once per AR step and the head once per token, the teacher twice and 2 x 20 times
     head = 2 * 16 * (4 * 64 + 5 * 64**2 + 2 * 64**2 + 8 * 64)
     assert many - 2 * few == pytest.approx(38 * head, rel=0.05)
+
+
+def test_processes_of_an_evaluation_draw_whole_chunks():
+    model = dataclasses.replace(MODEL, depth=1, head_depth=1)
+
+    def planned(num_images: int, processes: int, **changes: Any) -> dict[str, Any]:
+        config = EvaluateConfig(num_images=num_images, ar_steps="1", head_steps="2", device="cpu", **changes)
+        return plan("evaluate", config, model, processes, this_machine=False)
+
+    alone, eight, few, even = planned(1000, 1), planned(1000, 8), planned(6, 8), planned(2000, 8)
+    assert eight["batch"] == {"total": 1000, "process": 250, "part": 250, "parts": 1}
+    assert (alone["steps"], eight["steps"], even["steps"]) == (4, 1, 1)
+    assert eight["memory"] == alone["memory"]
+    assert eight["operations"]["run"] == alone["operations"]["run"]
+    assert eight["time"]["H200"]["seconds"] == pytest.approx(alone["time"]["H200"]["seconds"] / 4)
+    assert eight["time"]["H200"]["seconds"] == pytest.approx(even["time"]["H200"]["seconds"])
+    thrown = "1,000 images more are drawn and thrown away, as every process draws chunks of 250"
+    assert thrown in eight["notes"]
+    assert alone["notes"] == even["notes"] == ["the network of the features is not counted"]
+    assert (few["batch"]["total"], few["batch"]["process"], few["steps"]) == (6, 6, 1)
+    uneven = planned(300, 3, batch=100)  # 250 images and 50, while the third process repeats the last 50
+    assert (uneven["batch"]["total"], uneven["batch"]["process"], uneven["steps"]) == (200, 100, 3)
+    assert uneven["time"]["H200"]["seconds"] == pytest.approx(even["time"]["H200"]["seconds"], rel=0.01)
+
+
+def test_evaluations_of_a_curve_draw_whole_chunks():
+    config = TrainConfig(
+        steps=10, batch=8, eval_every=10, eval_images=100, features="inception", sampling=SamplingConfig(ar_steps=1),
+        device="cpu",
+    )  # fmt: skip
+    for processes in (1, 4):
+        planned = plan("train", config, MODEL, processes, this_machine=False)
+        looks, time = of_looks(planned), planned["time"]["H200"]
+        updates = planned["operations"]["run"] - looks
+        assert time["seconds"] * time["rate"] == pytest.approx(updates + processes * looks)  # each draws all 100
+
+
+def test_text_says_what_was_read_and_what_is_assumed():
+    config = RLConfig(reward="f.py:g", batch=64, ar_steps=1, anchor=0.0, device="cpu")
+    model = dataclasses.replace(MODEL, depth=1, head_depth=1)
+    texts = []
+    for accumulate in (1, 4):
+        planned = plan("rl", dataclasses.replace(config, accumulate=accumulate), model, 2, this_machine=False)
+        texts.append(table(planned))
+    assert "no data was read and no network made in memory" in texts[0]
+    assert "each at an assumed 22% of 790 TFLOP/s" in texts[0]
+    assert "expect longer" not in texts[0]
+    assert "measured 11 % with 16 images at a time on a GPU; with parts of 8 expect longer" in texts[1]
+    assert all(len(line) <= 120 for line in texts[1].splitlines())
 
 
 @pytest.mark.parametrize("trained", ["head", "all"])

@@ -11,7 +11,7 @@ SOURCE = Path(marval.__file__).parent
 MATHEMATICS = {"diffusion", "gsim", "masking", "policy", "rng"}
 LOOPS = {"train", "distill", "rl", "quickstart", "run", "matching", "evaluate", "bench", "report", "importing"} | {
     "update", "average", "export", "encode", "draw", "reference", "tables", "dryrun", "costs", "features", "metrics",
-    "demo", "measure", "networks", "selection",
+    "demo", "measure", "networks", "selection", "needs", "train_classifier", "sampling_costs", "update_costs",
 }  # fmt: skip
 DATA = {
     "tokenizers", "sampling", "masking", "checkpoint", "config", "distributed", "watch", "ema", "data", "latents",
@@ -60,7 +60,7 @@ def test_layers():
     for name, path in MODULES.items():
         below: set[str] = set()
         if name.startswith("models."):
-            below = LOOPS | {"sampling", "pipeline"} | REWARDS
+            below = LOOPS | {"data", "sampling", "pipeline"} | REWARDS
         elif name in DATA:
             below = LOOPS | {"pipeline"}
         elif name == "pipeline" or name in REWARDS:

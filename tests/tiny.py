@@ -22,8 +22,8 @@ from marval.__main__ import main
 from marval.config import DistillConfig, GSIMConfig, MARConfig, SamplingConfig, StudentConfig, TrainConfig
 from marval.data import load_dataset
 from marval.distill import distill
-from marval.models.classifier import train_classifier
 from marval.train import train
+from marval.train_classifier import train_classifier
 
 MODEL = MARConfig(width=32, depth=1, heads=2, buffer_size=2, head_width=32, head_depth=1)
 SAMPLING = SamplingConfig(ar_steps=4, head_steps=10, solver="ddim")

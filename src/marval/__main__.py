@@ -4,7 +4,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from marval.cli import flat, nearest, parse, positional, recipe, required
 from marval.config import say
@@ -53,7 +53,9 @@ def train_verb(args: list[str]) -> None:
             processes: Of torchrun, in a dry run.
         """
         if dry_run:
-            plan("train", name, config, None, processes)
+            from marval.dryrun import print_plan
+
+            print_plan("train", name, config, None, processes)
             return
         check_alone(processes)
         from marval.train import train
@@ -86,7 +88,9 @@ def distill_verb(args: list[str]) -> None:
             processes: Of torchrun, in a dry run.
         """
         if dry_run:
-            plan("distill", name, config, teacher, processes)
+            from marval.dryrun import print_plan
+
+            print_plan("distill", name, config, teacher, processes)
             return
         check_alone(processes)
         from marval.distill import distill
@@ -117,7 +121,9 @@ def rl_verb(args: list[str]) -> None:
             processes: Of torchrun, in a dry run.
         """
         if dry_run:
-            plan("rl", name, config, student, processes)
+            from marval.dryrun import print_plan
+
+            print_plan("rl", name, config, student, processes)
             return
         check_alone(processes)
         from marval.rl import rl
@@ -141,30 +147,6 @@ def check_alone(processes: int) -> None:
     """Raises ValueError where --processes stands outside of a dry run."""
     if processes != 1:
         raise ValueError(f"--processes is for --dry-run: start {processes} with torchrun --nproc-per-node {processes}")
-
-
-def plan(verb: Any, recipe: str, config: Any, folder: Path | None, processes: int) -> None:
-    """Print what a run needs that starts from the model in the folder, or from what the recipe says."""
-    from marval import dryrun, recipes
-    from marval.checkpoint import tensor_shapes
-    from marval.config import SamplingConfig, from_dict
-    from marval.model_files import read_config
-    from marval.shipped import model_folder
-
-    sampling = None
-    if folder is None:
-        sizes, student, pixels = recipes.sizes(recipe, config), None, None
-        whole = verb == "rl" and recipes.DISTILL[recipe]().trained == "all"
-    else:
-        folder = model_folder(folder)
-        sizes, student, made = read_config(folder)
-        sampling = from_dict(SamplingConfig, made["sampling"])
-        pixels, scores = made["tokenizer"]["kind"] == "pixels", folder / "scores.safetensors"
-        whole = verb == "rl" and scores.exists() and "teacher.mask_token" in tensor_shapes(scores)
-    planned = dryrun.plan(
-        verb, config, sizes, processes, student=student, sampling=sampling, whole_teacher=whole, pixels=pixels
-    )
-    print(dryrun.table(planned))
 
 
 def quickstart_verb(args: list[str]) -> None:
@@ -287,7 +269,9 @@ def evaluate_verb(args: list[str]) -> None:
             processes: Of torchrun, in a dry run.
         """
         if dry_run:
-            plan("evaluate", name, config, model, processes)
+            from marval.dryrun import print_plan
+
+            print_plan("evaluate", name, config, model, processes)
             return
         check_alone(processes)
         from marval.evaluate import evaluate_folder
@@ -321,26 +305,14 @@ def bench_verb(args: list[str]) -> None:
             graphs: Launch the kernels of an AR step as CUDA graphs.
             compile: Compile the blocks of transformer and head.
         """
-        from marval.bench import bench, table
-        from marval.checkpoint import write_json
+        from marval.bench import bench_folder
         from marval.config import numbers
-        from marval.distributed import connect
-        from marval.run import writable_folder
 
-        if json is not None:
-            if json.exists():
-                raise ValueError(f"{json} exists: choose another --json")
-            writable_folder(json.parent)
-        batches = numbers(batch, int, "--batch")
-        steps = numbers(ar_steps, int, "--ar-steps")
-        world = connect(device)
-        results = bench(
-            model, batches, repeats, str(world.device), steps, budget, precision, graphs, compile,
-            evaluations=evaluations, head_steps=head_steps, refresh_every=refresh_every,
+        bench_folder(
+            model, numbers(batch, int, "--batch"), json, device, repeats=repeats,
+            ar_steps=numbers(ar_steps, int, "--ar-steps"), budget=budget, precision=precision, graphs=graphs,
+            compile=compile, evaluations=evaluations, head_steps=head_steps, refresh_every=refresh_every,
         )  # fmt: skip
-        say(table(results))
-        if json is not None and world.is_main:
-            write_json(json, results)
 
     parse(bench, "bench", args)
 
@@ -361,23 +333,9 @@ def classifier_verb(args: list[str]) -> None:
             image_size: Centre-crop and scale the images to this size.
             device: cpu, cuda, or auto.
         """
-        from marval.data import load_dataset
-        from marval.distributed import connect
-        from marval.models.classifier import train_classifier
-        from marval.run import new_folder
+        from marval.train_classifier import train_classifier_folder
 
-        if epochs < 1:
-            raise ValueError(f"epochs {epochs} must be at least 1")
-        world = connect(device)
-        if world.size > 1:
-            raise ValueError("train-classifier is the work of one process: start it without torchrun")
-        splits = [load_dataset(data, split, image_size) for split in ("train", "test")]
-        if len(splits[0].class_names) < 2:
-            raise ValueError(f"data {data} have one class: a classifier tells classes apart, so give two or more")
-        new_folder(out)
-        classifier, metrics = train_classifier(*splits, arch=arch, epochs=epochs, seed=seed, device=world.device)
-        classifier.save(out)
-        print(f"classifier in {out}: {100 * metrics['accuracy_held_out']:.1f} % of {len(splits[1])} held-out images")
+        train_classifier_folder(data, out, arch, epochs, seed, image_size, device)
 
     parse(train_classifier, "train-classifier", args)
 

@@ -17,14 +17,16 @@ from unittest.mock import patch
 import torch
 from tqdm import tqdm
 
+from marval.checkpoint import write_json
 from marval.config import SamplingConfig, StudentConfig, to_dict
+from marval.distributed import connect
 from marval.floor import bandwidth, floor_seconds, matmul_rate, sampling_loads, synchronise
 from marval.graphs import plainly
 from marval.matching import load_scores
 from marval.models.cached import CachedBackbone
 from marval.pipeline import Pipeline
 from marval.rng import ImageNoise
-from marval.run import versions
+from marval.run import versions, writable_folder
 from marval.sampling import TokenSampler
 from marval.shipped import model_folder
 
@@ -296,6 +298,27 @@ def bench(
     if budget is not None:
         found["budget"] = largest_within(models["student"], budget / 1000, batches[0], repeats, own["student"])
     return found
+
+
+def bench_folder(folder: Path, batches: list[int], json: Path | None, device: str, **settings: Any) -> None:
+    """`bench` the model in a folder, print the `table`, and write the results into the new file ``json``, if given.
+
+    Args:
+        device: cpu, cuda, or auto. settings: other arguments of `bench`.
+
+    Raises:
+        ValueError: the file exists, or its folder cannot be written.
+    """
+    if json is not None:
+        if json.exists():
+            raise ValueError(f"{json} exists: choose another --json")
+        writable_folder(json.parent)
+    world = connect(device)
+    results = bench(folder, batches, device=str(world.device), **settings)
+    if world.is_main:
+        print(table(results))
+        if json is not None:
+            write_json(json, results)
 
 
 def largest_within(

@@ -6,12 +6,14 @@ no autocast: within `without_data` the functions that our networks call do what 
 """
 
 import contextlib
+import functools
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 from unittest.mock import patch
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -116,7 +118,27 @@ class Cost:
 
 
 def cost_of(function: Callable[[], Any]) -> Cost:
-    """What a call of the function costs."""
+    """Operations and peak of one call of the function."""
     with Work() as work:
         function()
     return Cost(work.operations, work.peak)
+
+
+def mean_cost(values: Sequence[int], work: Callable[[int], Any]) -> Cost:
+    """Mean operations and largest memory of ``work(value)`` over all values: tried with the least, the middle and the
+    largest, and a parabola for those between (operations are quadratic in the number of tokens)."""
+    tried = sorted({min(values), sorted(values)[len(values) // 2], max(values)})
+    costs = [cost_of(functools.partial(work, value)) for value in tried]
+    parabola = np.polynomial.Polynomial.fit(tried, [cost.operations for cost in costs], len(tried) - 1)
+    return Cost(float(parabola(np.array(values)).mean()), max(cost.peak for cost in costs))
+
+
+def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A tensor on the meta device, which has a shape and no memory."""
+    return torch.zeros(shape, dtype=dtype, device="meta")
+
+
+def bytes_of(tensors: Any) -> int:
+    """Bytes of all different storages in a nested structure of tensors."""
+    storages = {leaf.untyped_storage()._cdata: leaf for leaf in tree_leaves(tensors) if isinstance(leaf, Tensor)}
+    return sum(leaf.untyped_storage().nbytes() for leaf in storages.values())

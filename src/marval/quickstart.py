@@ -22,7 +22,7 @@ from marval.features import FeatureNetwork, classifier_features
 from marval.images import image_grid, save_png
 from marval.measure import weights_digest
 from marval.metrics import Moments, frechet_distance, moments_of
-from marval.models.classifier import Classifier, train_classifier
+from marval.models.classifier import Classifier
 from marval.pipeline import Pipeline
 from marval.report import write_report
 from marval.rl import rl
@@ -30,6 +30,7 @@ from marval.run import versions, writable_folder
 from marval.shipped import MODELS
 from marval.tables import check_matplotlib
 from marval.train import train
+from marval.train_classifier import train_classifier
 
 STAGES = {"train": recipes.digits_teacher, "distill": recipes.digits_student, "rl": recipes.digits_aligned}
 """The field of each stage's settings, and its recipe."""
