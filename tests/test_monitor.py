@@ -76,7 +76,7 @@ def test_what_is_watched(tmp_path: Path):
     assert watching.criterion(values) == values["judge_heldout"]
     for select, expected in (("fid", -values["fid_heldout"]), ("held-out", values["darkness_heldout"])):
         config = dataclasses.replace(watching.config, select=select)
-        assert dataclasses.replace(watching, config=config).score(values) == expected
+        assert dataclasses.replace(watching, config=config).criterion(values) == expected
 
 
 def test_alarms():

@@ -115,7 +115,7 @@ def quickstart(config: QuickstartConfig, out: Path, resume: bool = False) -> dic
         aligned = rl(rl_config, out / "student", out / "aligned", resume=True)
     with clock("evaluate"):
         say(f"5/5  all three measured with the same {config.num_images} seeds")
-        models = dict(zip(MODELS, (teacher, student, aligned), strict=True))
+        models: dict[str, Pipeline] = dict(zip(MODELS, (teacher, student, aligned), strict=True))
         results = measure(config, models, classifier, judge, out)
         save_pictures(save_samples(config, models, out / "samples.npz"), out)
     results["settings"]["seconds"] = clock.seconds
