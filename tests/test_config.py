@@ -1,6 +1,7 @@
 """Settings are checked at construction, whatever made them."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -49,8 +50,10 @@ def test_a_value_of_another_type(kind: Any, changes: dict[str, Any], message: st
 
 
 def test_what_is_as_good():
-    """Lists for pairs, whole numbers for others, None where it means something, and no limit on gradients."""
+    """Lists for pairs, whole numbers for others, paths for their names, None where it means something, and no limit on
+    gradients."""
     assert StudentConfig(guidance=2, guidance_range=[1, 3]) == StudentConfig(guidance=2.0, guidance_range=(1.0, 3.0))  # pyright: ignore
+    assert TrainConfig(data=Path("a") / "b").data == str(Path("a") / "b")  # pyright: ignore
     assert TrainConfig(lr=1, clip_grad=float("inf")).eval_head_steps is None
 
 

@@ -20,8 +20,8 @@ def check(condition: bool, message: str) -> None:
 def check_types(config: Any) -> None:
     """Raises ValueError unless every field of a dataclass has a value of its type.
 
-    Types are those that settings have: bool, str, int, float (also an integer), another dataclass, one of a Literal, a
-    tuple of numbers, which may be given as a list and becomes a tuple, or one of these or None.
+    Types are those that settings have: bool, str (a path becomes one), int, float (also an integer), another dataclass,
+    one of a Literal, a tuple of numbers, which may be given as a list and becomes a tuple, or one of these or None.
     """
     for field in dataclasses.fields(config):
         name = field.name
@@ -39,6 +39,8 @@ def check_types(config: Any) -> None:
             for part in value:
                 _check_type(name, part, get_args(kind)[0])
             object.__setattr__(config, name, tuple(value))
+        elif kind is str and isinstance(value, os.PathLike):
+            object.__setattr__(config, name, os.fspath(value))
         else:
             _check_type(name, value, kind)
 
