@@ -50,10 +50,10 @@ from marval.data import ImageDataset, load_dataset
 from marval.distill import make_student
 from marval.features import FeatureNetwork, load_features
 from marval.images import image_grid, read_images, save_png
-from marval.measure import NEIGHBOURS, weights_digest
+from marval.measure import weights_digest
 from marval.metrics import Moments, frechet_distance, moments_of, precision_recall
 from marval.pipeline import Pipeline
-from marval.reference import CHUNK, load_reference, save_reference
+from marval.reference import CHUNK, NEIGHBOURS, load_reference, save_reference
 from marval.rng import generator
 
 FEW = 2000

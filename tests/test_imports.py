@@ -1,6 +1,7 @@
 """Imports run downwards only, and start fast."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -80,6 +81,14 @@ def test_third_parties():
         names = {node.module if isinstance(node, ast.ImportFrom) else node.names[0].name for node in body}
         tops = {str(name).split(".")[0] for name in names} - set(sys.stdlib_module_names) - {"marval"}
         assert tops <= core, name
+
+
+def test_every_module_has_its_place_in_the_map():
+    """CONTRIBUTING.md names each, and none that is gone."""
+    text = (SOURCE.parents[1] / "CONTRIBUTING.md").read_text()
+    table = text.split("Where to find what")[1].split("What we ask")[0]
+    named = set(re.findall(r"`(\w+)`", table))
+    assert named == {name.removeprefix("models.") for name in MODULES if not name.endswith("__init__")}
 
 
 def test_no_cycles():

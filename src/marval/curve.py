@@ -8,7 +8,6 @@ RL has more to watch than quality, and its own evaluations: marval.monitor.
 
 import dataclasses
 import sys
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from marval.latents import LatentDataset
 from marval.measure import check_features, measure
 from marval.monitor import HELD_OUT_SEED
 from marval.pipeline import Pipeline
-from marval.reference import Reference, load_network, load_reference, of_images, split_of
+from marval.reference import Reference, check_reference, holds_images, load_network, load_reference, of_images
 from marval.rng import generator
 from marval.run import Run
 
@@ -67,7 +66,9 @@ class Curve:
         self.state["network"] = self.network.digest
         size, channels = model.tokenizer.image_size, model.tokenizer.image_channels
         self.network(np.zeros((1, size, size, channels), np.uint8))
-        if config.reference and not needs_features(config.reference):
+        if config.reference:
+            check_reference(config.reference)
+        if config.reference and not holds_images(config.reference):
             check_features(model, load_reference(config.reference, self.network, size, channels, world), self.network)
 
     def begin(self, run: Run, start: int) -> None:
@@ -148,26 +149,6 @@ class Curve:
             record = "the best so far" if better else f"best: {state['fid']:.4g} at update {state['step']}"
             tqdm.write(f"update {step}: {numbers} ({record})", file=sys.stderr)
         return better
-
-
-def needs_features(reference: str) -> bool:
-    """Whether a reference holds images whose features `load_reference` computes, which takes a while.
-
-    It does not if it holds statistics, or is a file that cannot be read.
-
-    Raises:
-        ValueError: nothing of this name exists.
-    """
-    path = Path(split_of(reference)[0])
-    if str(path) != "digits" and not path.exists():
-        raise ValueError(f"reference {reference} does not exist: give a folder of images, or an .npz of statistics")
-    if path.suffix != ".npz" or path.is_dir():
-        return True
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as file:
-        arrays = {name.removesuffix(".npy") for name in file.namelist()}
-    return bool(arrays & {"arr_0", "images"}) and not arrays >= {"mu", "features"}
 
 
 def subset(count: int, config: CurveConfig) -> Tensor:

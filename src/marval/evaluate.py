@@ -22,7 +22,7 @@ from marval.features import FeatureNetwork
 from marval.measure import REWARDS_FILE, Reward, check_features, measure, protocol_of, rewards_of, weights_digest
 from marval.metrics import mean_interval
 from marval.pipeline import Pipeline
-from marval.reference import load_network, load_reference, split_of
+from marval.reference import check_reference, load_network, load_reference
 from marval.reward_files import check_files, code_of, listed, parts_of
 from marval.rewards import class_prompts, load_reward
 from marval.run import digest_of, new_folder, writable_folder
@@ -82,7 +82,9 @@ def evaluate_folder(
         raise ValueError("--before compares two models at one setting: give one value of each")
     world = connect(config.device, config.shard)
     files = _look_at_files(out, png, save_reference, resume, several=len(config.settings()) > 1)
-    _check_reference(config.reference)
+    if not config.reference:
+        raise ValueError("name what to compare with: --reference digits, a folder of images, or an .npz")
+    check_reference(config.reference)
     world.barrier()  # every process has looked at the files before one is written
     folders = [model_folder(path) for path in (folder, before) if path is not None]
     spec, rewarded = _network_spec(config, folders[0]), listed(config.rewards)
@@ -145,16 +147,6 @@ def _look_at_files(out: Path, png: Path | None, save_reference: Path | None, res
     if plot_file is not None:
         check_matplotlib()
     return _Files(out, plot_file, png, save_reference, partial, goes_on, finished)
-
-
-def _check_reference(reference: str) -> None:
-    """ValueError if none is named, or nothing has that name."""
-    if not reference:
-        raise ValueError("name what to compare with: --reference digits, a folder of images, or an .npz")
-    data = split_of(reference)[0]
-    if data != "digits" and not Path(data).exists():
-        known = "digits, a folder of images, an .npz, or a split of training data, as DATA:test"
-        raise ValueError(f"--reference {reference} does not exist: give {known}")
 
 
 def _jobs(models: Sequence[Pipeline], folders: Sequence[Path], config: EvaluateConfig) -> list[_Job]:

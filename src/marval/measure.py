@@ -29,14 +29,20 @@ from marval.metrics import (
     Statistics,
     frechet_distance,
     inception_score,
-    kernel_distance,
     mean_interval,
-    precision_recall,
 )
 from marval.pipeline import Pipeline
-from marval.reference import Reference, chunk_rows, gather_chunks, num_chunks, rounds
+from marval.reference import (
+    NEIGHBOURS,
+    Reference,
+    chunk_rows,
+    enough,
+    gather_chunks,
+    num_chunks,
+    rounds,
+    sample_distances,
+)
 from marval.rewards import UserReward, class_prompts
-from marval.rng import generator
 from marval.run import versions
 from marval.scoring import BaseReward, score
 from marval.tokenizers import to_float, to_uint8
@@ -44,9 +50,6 @@ from marval.update import autocast, is_bf16
 
 SPLITS = 10
 """Parts of the images, over which the Inception Score has a mean and a deviation."""
-NEIGHBOURS = 3
-"""Nearest neighbours that precision and recall go by."""
-_KID_KEY = 0x41D  # sets the stream of KID's subsets apart from every other use of the seed
 PREFIX = "reward "
 """Before the name of a reward, among the columns that a chunk's file holds."""
 REWARDS_FILE = "rewards.npz"
@@ -263,13 +266,11 @@ def _summary(
     else:
         results["inception_score"], results["inception_score_std"] = inception_score(logits, SPLITS)
 
-    if real is None or min(len(real), len(pooled)) <= NEIGHBOURS:
+    if real is not None and enough(pooled, real):
+        results |= sample_distances(pooled, real, config.seed, network.device)
+    else:
         why = "the reference has statistics only" if real is None else f"no more than {NEIGHBOURS} images"
         left_out |= {"kid": why, "precision": why, "recall": why}
-    else:
-        pair = pooled.to(network.device), real.to(network.device)
-        results["kid"], results["kid_std"] = kernel_distance(*pair, generator(config.seed, _KID_KEY))
-        results["precision"], results["recall"] = precision_recall(*pair, NEIGHBOURS)
 
     indices = network.class_indices(model.class_names)
     if indices is None or logits is None:

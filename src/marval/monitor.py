@@ -18,21 +18,19 @@ from torch import Tensor
 from marval.config import RLConfig, warn
 from marval.distributed import World
 from marval.features import FeatureNetwork
-from marval.metrics import frechet_distance, kernel_distance, moments_of, precision_recall
+from marval.metrics import frechet_distance, moments_of
 from marval.pipeline import Pipeline
-from marval.reference import Reference, load_network, load_reference
+from marval.reference import Reference, enough, load_network, load_reference, sample_distances
 from marval.reward_checks import PROBE
 from marval.reward_files import listed, short_name
 from marval.reward_models import ClassifierLogProb, ReadsClass
 from marval.rewards import WeightedSum, class_prompts, load_reward
-from marval.rng import generator
 from marval.run import digest_of
 from marval.scoring import Reward, name_of, score
 from marval.tokenizers import to_float
 
 HELD_OUT_SEED = 1_000_003
 """Added to the run's seed for held-out evaluations, whose images are neither trained on nor reported."""
-NEIGHBOURS = 3
 SHARES = ("brightness", "contrast", "saturation", "edge_density", "clipped")
 """Image statistics that lie in [0, 1]."""
 STATISTICS = (*SHARES, "entropy")
@@ -245,12 +243,10 @@ class Monitor:
         recall."""
         values = {"fid": frechet_distance(reference.moments, moments_of(features))}
         real = reference.features
-        if real is not None and min(len(real), len(features)) > NEIGHBOURS:
+        if real is not None and enough(features, real):
             subsets = 1 if max(len(real), len(features)) <= 1000 else 10
-            key, device = generator(self.config.seed, 0x41D), self.world.device
-            features, real = features.to(device), real.to(device)
-            values["kid"] = kernel_distance(features, real, key, subsets)[0]
-            values["precision"], values["recall"] = precision_recall(features, real, NEIGHBOURS)
+            found = sample_distances(features, real, self.config.seed, self.world.device, subsets)
+            values |= {name: value for name, value in found.items() if name != "kid_std"}
         return values
 
     def ranges(self, student: Pipeline, first: Mapping[str, float]) -> Ranges:

@@ -4,6 +4,7 @@ Also how all processes share such work: images come in chunks whose borders depe
 process takes whole chunks, and the parts are put together in order. So no number depends on how many processes ran.
 """
 
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +20,14 @@ from marval.distributed import World
 from marval.features import FeatureNetwork, load_features
 from marval.images import LazyImages, images_below, read_equal, read_images
 from marval.latents import Split, holds_latents
-from marval.metrics import Moments, Statistics
+from marval.metrics import Moments, Statistics, kernel_distance, precision_recall
+from marval.rng import generator
 
 CHUNK = 250
 """Images per chunk."""
+NEIGHBOURS = 3
+"""Nearest neighbours that precision and recall go by."""
+_KID_KEY = 0x41D  # sets the stream of KID's subsets apart from every other use of the seed
 
 
 @dataclass(frozen=True)
@@ -47,12 +52,12 @@ class Reference:
 
 
 def num_chunks(count: int) -> int:
-    """Of so many images."""
+    """Number of chunks of ``count`` images."""
     return -(-count // CHUNK)
 
 
 def chunk_rows(index: int, count: int) -> range:
-    """Numbers of the images of a chunk."""
+    """Indices of the images of chunk ``index``, of ``count`` images in all."""
     return range(index * CHUNK, min((index + 1) * CHUNK, count))
 
 
@@ -91,6 +96,28 @@ def features_in_chunks(
             bar.update(sum(counts))
 
 
+# ---- comparisons
+
+
+def enough(features: Tensor, real: Tensor) -> bool:
+    """Whether there are enough images on both sides for `sample_distances`."""
+    return min(len(features), len(real)) > NEIGHBOURS
+
+
+def sample_distances(
+    features: Tensor, real: Tensor, seed: int, device: torch.device, subsets: int = 100
+) -> dict[str, float]:
+    """KID with its standard deviation over ``subsets``, precision and recall of features (N, F) against (M, F).
+
+    Args:
+        seed: of KID's subsets. device: where to compute.
+    """
+    pair = features.to(device), real.to(device)
+    kid, kid_std = kernel_distance(*pair, generator(seed, _KID_KEY), subsets)
+    precision, recall = precision_recall(*pair, NEIGHBOURS)
+    return {"kid": kid, "kid_std": kid_std, "precision": precision, "recall": recall}
+
+
 # ---- references
 
 
@@ -105,6 +132,27 @@ def split_of(name: str) -> tuple[str, Split]:
     """``data:train`` or ``data:test`` -> data and split; any other name is whole."""
     data, colon, split = name.rpartition(":")
     return (data, split) if colon and split in ("train", "test") else (name, "all")
+
+
+def check_reference(name: str) -> None:
+    """Raises ValueError if nothing has the name that `load_reference` is to load."""
+    data = split_of(name)[0]
+    if data != "digits" and not Path(data).exists():
+        known = "digits, a folder of images, an .npz, or a split of training data, as DATA:test"
+        raise ValueError(f"reference {name} does not exist: give {known}")
+
+
+def holds_images(name: str) -> bool:
+    """Whether `load_reference` has images to look at, which takes a while, and not statistics or an unreadable file
+    alone."""
+    path = Path(split_of(name)[0])
+    if path.suffix != ".npz" or path.is_dir():
+        return True
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as file:
+        arrays = {name.removesuffix(".npy") for name in file.namelist()}
+    return bool(arrays & {"arr_0", "images"}) and not arrays >= {"mu", "features"}
 
 
 def load_reference(

@@ -17,7 +17,6 @@ from marval import rng
 from marval.algorithms import GroupGradient, RewardGradient, draw_batch, images_per_group
 from marval.checkpoint import save_tensors
 from marval.config import RLConfig
-from marval.curve import needs_features
 from marval.distributed import connect, template, whole, whole_copy
 from marval.ema import EMA
 from marval.matching import ScoreMatching, draw_noise, load_scores
@@ -25,6 +24,7 @@ from marval.models.lora import adapt
 from marval.monitor import Monitor, class_in_turn, trial_size
 from marval.networks import averaged_network, copy_network, own_part, shard_networks, with_head
 from marval.pipeline import Pipeline
+from marval.reference import check_reference
 from marval.reward_checks import check_reward, check_varies
 from marval.reward_files import check_classifier, check_files, code_of, listed
 from marval.rewards import WeightedSum, calibrate, class_prompts, load_reward
@@ -52,7 +52,7 @@ def check_inputs(config: RLConfig, student_folder: Path, out: Path, resume: bool
     if config.judge:
         check_classifier(config.judge)
     if config.reference:
-        needs_features(config.reference)
+        check_reference(config.reference)
     folders = {"student": str(student_folder), "classifier": config.classifier, "judge": config.judge}
     inputs = {name: Path(path) for name, path in folders.items() if path} | code_of(rewards)
     check_folder(out, "rl", config, resume, inputs)
