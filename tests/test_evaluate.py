@@ -371,16 +371,21 @@ def test_a_kill_after_the_results_were_written(
     def killed(path: Path) -> None:
         raise KeyboardInterrupt
 
-    out = tmp_path / "out.json"
+    out, other = tmp_path / "out.json", tmp_path / "other.json"
     with monkeypatch.context() as patched:
         patched.setattr(module, "shutil", SimpleNamespace(rmtree=killed))
-        with pytest.raises(KeyboardInterrupt):
-            evaluate_folder(tiny.student(), out, config())
-    results = out.read_bytes()
-    assert sorted(os.listdir(tmp_path)) == ["out.json", "out.json.partial"]
+        for seed, file in enumerate((out, other)):
+            with pytest.raises(KeyboardInterrupt):
+                evaluate_folder(tiny.student(), file, config(seed=seed))
+    results, partials = out.read_bytes(), [file.with_name(f"{file.name}.partial") for file in (out, other)]
     evaluate_folder(tiny.student(), out, config(), resume=True)
     assert "finished before" in capsys.readouterr().out
-    assert (sorted(os.listdir(tmp_path)), out.read_bytes()) == (["out.json"], results)
+    assert (partials[0].exists(), out.read_bytes()) == (False, results)
+
+    partials[1].rename(partials[0])  # of other results
+    with pytest.raises(ValueError, match="holds an unfinished evaluation, and .* another, finished one: remove one"):
+        evaluate_folder(tiny.student(), out, config(), resume=True)
+    assert partials[0].exists()
 
 
 @pytest.mark.usefixtures("small_chunks")

@@ -41,7 +41,7 @@ class _Job(NamedTuple):
     digest: str
     """Of its weights."""
     settings: dict[str, Any]
-    folder: str = ""
+    folder: str
     """Where its pictures lie below --png, and what is finished of it below the partial folder."""
 
 
@@ -92,7 +92,7 @@ def evaluate_folder(
     for reward in rewarded:
         check_files(reward, classifier)
     models = [Pipeline.load(path, world.device, config.weights) for path in folders]
-    jobs = _jobs(models, folders, config)
+    rows = _settings(models, folders, config)
     network = load_network(spec, world, config.inception_weights)
     if not config.shard:
         for model in models:
@@ -100,6 +100,7 @@ def evaluate_folder(
     rewards = _load_rewards(rewarded, classifier, config, models[0])
     code = {name: digest_of(path) for name, path in code_of(rewarded).items()}
     code |= {"classifier": digest_of(Path(classifier))} if classifier and rewarded else {}
+    jobs = _jobs(models, rows)
     if files.finished:
         _show_finished(files, jobs, network, rewards, code, config, folders, world)
         return
@@ -149,8 +150,8 @@ def _look_at_files(out: Path, png: Path | None, save_reference: Path | None, res
     return _Files(out, plot_file, png, save_reference, partial, goes_on, finished)
 
 
-def _jobs(models: Sequence[Pipeline], folders: Sequence[Path], config: EvaluateConfig) -> list[_Job]:
-    """A row for each setting of one model, or for each of two models at one setting, the first's.
+def _settings(models: Sequence[Pipeline], folders: Sequence[Path], config: EvaluateConfig) -> list[dict[str, Any]]:
+    """The settings to draw with; for two models one alone, with what is left open as the first has it.
 
     Raises:
         ValueError: a model does not serve a setting, has no images, or the two draw other things.
@@ -167,6 +168,11 @@ def _jobs(models: Sequence[Pipeline], folders: Sequence[Path], config: EvaluateC
     if any(_draws(model) != _draws(models[0]) for model in models):
         raise ValueError(f"{folders[1]} draws other classes, images or tokens than {folders[0]}: --before is the same "
                          "model before RL")  # fmt: skip
+    return rows
+
+
+def _jobs(models: Sequence[Pipeline], rows: Sequence[dict[str, Any]]) -> list[_Job]:
+    """A row of results for each setting of one model, or for each of two models at one setting."""
     digests = [weights_digest(model) for model in models]
     if len(models) > 1:
         each = zip(("after", "before"), models, digests, strict=True)
@@ -224,9 +230,21 @@ def _show_finished(
             raise ValueError(f"{files.out} is finished, without {path}: choose another --out, or leave --{flag} out")
     world.barrier()
     if world.is_main:
-        if files.goes_on:  # interrupted between the last file and the end
-            shutil.rmtree(files.partial)
+        if files.goes_on:
+            _remove_partial(files, jobs)
         print(f"{text}\nfinished before: {files.out}")
+
+
+def _remove_partial(files: _Files, jobs: Sequence[_Job]) -> None:
+    """Remove what an interruption between the last file and the end has left; ValueError if it is of other results."""
+    results = read_json(files.out)
+    rows = [*results.get("rows", [results]), *([results["before"]] if "before" in results else [])]
+    for job, row in zip(jobs, rows, strict=True):
+        kept = files.partial / "rows" / job.folder / "results.json"
+        if not kept.exists() or read_json(kept)["protocol"] != row["protocol"]:
+            raise ValueError(f"{files.partial} holds an unfinished evaluation, and {files.out} another, finished one: "
+                             "remove one of them")  # fmt: skip
+    shutil.rmtree(files.partial)
 
 
 def _finished(
@@ -247,7 +265,8 @@ def _finished(
         raise ValueError(f"{out} exists, with rewards {sorted(scored)}, not {sorted(rewards)}: choose another --out")
     for before, now in zip(found, json.loads(json.dumps(protocols)), strict=True):
         for name, value in now.items():
-            if before.get(name) != value:
+            unknown = name not in before and (name == "classifier" or name.startswith("code of "))  # to older versions
+            if before.get(name) != value and not unknown:
                 values = f"{name} = {before.get(name)!r}, not {value!r}"
                 raise ValueError(f"{out} exists, with {values}: choose another --out")
     if "before" in results:

@@ -82,7 +82,7 @@ def measure(
     processes, an interruption and, as far as the device's arithmetic does not depend on it, the batch change nothing.
 
     Args:
-        reference: of the same network. config: everything but what names files is read here.
+        reference: of the same network. config: num_images, seed, batch, precision, prompt and weights are read.
         settings: overrides of the model's sampling defaults.
         rewards: callables (images float NCHW in [0, 1], prompts) -> (B,), by name.
         partial: folder of the finished chunks' features, from which an interrupted evaluation goes on; the caller
@@ -126,7 +126,7 @@ def protocol_of(
     model: Pipeline, network: FeatureNetwork, config: EvaluateConfig, settings: Mapping[str, Any], weights: str,
     rewards: Mapping[str, Reward] | None = None, code: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """All that decides a row of results, but its reference: two rows of equal protocols have equal numbers."""
+    """All that decides a row of results, but its reference and the names of its rewards."""
     sampling = to_dict(model.settings(**settings))
     evaluations = sampling.pop("evaluations")
     if model.student is not None:

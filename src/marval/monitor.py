@@ -302,8 +302,8 @@ class Monitor:
         if self.config.collapse > 0 and recall in alarms and values[recall] < LEAST_RECALL * ranges[recall][0]:
             return f"images are alike: {recall} {values[recall]:.4g}, the starting student's is {ranges[recall][0]:.4g}"
         quality = [name for name in alarms if name.removesuffix("_heldout") not in STATISTICS]
-        enough = bool(quality) or (not self.independent and len(alarms) == len(self.statistics))
-        many = enough and 0 < self.config.collapse <= len(alarms)
+        telling = bool(quality) or (not self.independent and len(alarms) == len(self.statistics))
+        many = telling and 0 < self.config.collapse <= len(alarms)
         return f"{len(alarms)} alarms ({', '.join(alarms)})" if many else ""
 
     def limits(self, name: str, ranges: Ranges) -> tuple[float, float]:

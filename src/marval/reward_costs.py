@@ -1,4 +1,4 @@
-"""The networks of published rewards at their sizes, on the meta device, for `marval.dryrun`."""
+"""The networks of published rewards at their sizes, on the meta device, for `marval.needs`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field

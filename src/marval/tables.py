@@ -65,7 +65,8 @@ def _protocol(values: Mapping[str, Any]) -> list[str]:
     wide = max(map(len, values))
     lines: list[str] = []
     for name, value in values.items():
-        start = f"  {name.replace('_', ' '):<{wide}}  "
+        title = name if name.startswith("code of ") else name.replace("_", " ")
+        start = f"  {title:<{wide}}  "
         lines += textwrap.wrap(f"{value}", WIDTH, initial_indent=start, subsequent_indent=" " * len(start)) or [start]
     return lines
 

@@ -22,6 +22,9 @@ from marval.run import Run
 from marval.tokenizers import Tokenizer, load_tokenizer, recommended_head_width
 from marval.update import Update, add_weighted, caller, prepare, warmup_then_cosine
 
+SAMPLE_ROWS = 4
+"""Images of each class in the grids of samples/."""
+
 
 def tokenizer_for(config: TrainConfig, data: ImageDataset | LatentDataset) -> Tokenizer:
     """The tokenizer that the settings name, or the one that made the latents."""
@@ -64,10 +67,6 @@ def adamw(network: MAR, config: TrainConfig) -> torch.optim.AdamW:
         [{"params": groups[0], "weight_decay": config.weight_decay}, {"params": groups[1], "weight_decay": 0.0}],
         lr=config.lr, betas=(0.9, 0.95), fused=True,
     )  # fmt: skip
-
-
-SAMPLE_ROWS = 4
-"""Images of each class in the grids of samples/."""
 
 
 def teacher_loss(
