@@ -383,7 +383,7 @@ def test_a_kill_after_the_results_were_written(
     assert (partials[0].exists(), out.read_bytes()) == (False, results)
 
     partials[1].rename(partials[0])  # of other results
-    with pytest.raises(ValueError, match="holds an unfinished evaluation, and .* another, finished one: remove one"):
+    with pytest.raises(ValueError, match=r"holds an unfinished evaluation, and .* another, finished one: remove one"):
         evaluate_folder(tiny.student(), out, config(), resume=True)
     assert partials[0].exists()
 
