@@ -4,7 +4,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from marval.cli import flat, nearest, parse, positional, recipe, required
 from marval.config import say
@@ -52,12 +52,8 @@ def train_verb(args: list[str]) -> None:
             dry_run: Do nothing but print parameters, memory, operations and time of the run.
             processes: Of torchrun, in a dry run.
         """
-        if dry_run:
-            from marval.dryrun import print_plan
-
-            print_plan("train", name, config, None, processes)
+        if only_planned(dry_run, "train", name, config, None, processes):
             return
-        check_alone(processes)
         from marval.train import train
 
         out = needed(out, "out")
@@ -87,12 +83,8 @@ def distill_verb(args: list[str]) -> None:
             dry_run: Do nothing but print parameters, memory, operations and time of the run.
             processes: Of torchrun, in a dry run.
         """
-        if dry_run:
-            from marval.dryrun import print_plan
-
-            print_plan("distill", name, config, teacher, processes)
+        if only_planned(dry_run, "distill", name, config, teacher, processes):
             return
-        check_alone(processes)
         from marval.distill import distill
 
         teacher, out = needed(teacher, "teacher"), needed(out, "out")
@@ -120,12 +112,8 @@ def rl_verb(args: list[str]) -> None:
             dry_run: Do nothing but print parameters, memory, operations and time of the run.
             processes: Of torchrun, in a dry run.
         """
-        if dry_run:
-            from marval.dryrun import print_plan
-
-            print_plan("rl", name, config, student, processes)
+        if only_planned(dry_run, "rl", name, config, student, processes):
             return
-        check_alone(processes)
         from marval.rl import rl
 
         student, out = needed(student, "student"), needed(out, "out")
@@ -143,10 +131,19 @@ def needed(value: Path | None, flag: str) -> Path:
     return value
 
 
-def check_alone(processes: int) -> None:
-    """Raises ValueError where --processes stands outside of a dry run."""
-    if processes != 1:
+def only_planned(dry_run: bool, verb: Any, name: str, config: Any, folder: Path | None, processes: int) -> bool:
+    """In a dry run, print what the run needs; whether this was all.
+
+    Raises:
+        ValueError: a number of processes without a dry run.
+    """
+    if dry_run:
+        from marval.dryrun import print_plan
+
+        print_plan(verb, name, config, folder, processes)
+    elif processes != 1:
         raise ValueError(f"--processes is for --dry-run: start {processes} with torchrun --nproc-per-node {processes}")
+    return dry_run
 
 
 def quickstart_verb(args: list[str]) -> None:
@@ -268,12 +265,8 @@ def evaluate_verb(args: list[str]) -> None:
             dry_run: Do nothing but print parameters, memory, operations and time.
             processes: Of torchrun, in a dry run.
         """
-        if dry_run:
-            from marval.dryrun import print_plan
-
-            print_plan("evaluate", name, config, model, processes)
+        if only_planned(dry_run, "evaluate", name, config, model, processes):
             return
-        check_alone(processes)
         from marval.evaluate import evaluate_folder
 
         evaluate_folder(needed(model, "model"), needed(out, "out"), config, resume, png, save_reference, before)

@@ -68,8 +68,9 @@ class Curve:
         self.network(np.zeros((1, size, size, channels), np.uint8))
         if config.reference:
             check_reference(config.reference)
-        if config.reference and not holds_images(config.reference):
-            check_features(model, load_reference(config.reference, self.network, size, channels, world), self.network)
+            if not holds_images(config.reference):
+                found = load_reference(config.reference, self.network, size, channels, world)
+                check_features(model, found, self.network)
 
     def begin(self, run: Run, start: int) -> None:
         """Read the reference, unless no evaluation is left; to be called once the run restored `state`.

@@ -235,11 +235,15 @@ def _show_finished(
         print(f"{text}\nfinished before: {files.out}")
 
 
+def _rows_of(results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The rows of a file of results, in the order of its jobs."""
+    rows = results.get("rows", [results])
+    return [*rows, results["before"]] if "before" in results else rows
+
+
 def _remove_partial(files: _Files, jobs: Sequence[_Job]) -> None:
     """Remove what an interruption between the last file and the end has left; ValueError if it is of other results."""
-    results = read_json(files.out)
-    rows = [*results.get("rows", [results]), *([results["before"]] if "before" in results else [])]
-    for job, row in zip(jobs, rows, strict=True):
+    for job, row in zip(jobs, _rows_of(read_json(files.out)), strict=True):
         kept = files.partial / "rows" / job.folder / "results.json"
         if not kept.exists() or read_json(kept)["protocol"] != row["protocol"]:
             raise ValueError(f"{files.partial} holds an unfinished evaluation, and {files.out} another, finished one: "
@@ -253,8 +257,7 @@ def _finished(
     """The results that are there already, as people read them; ValueError unless they are what is asked for."""
     results = read_json(out)
     try:
-        rows = results.get("rows", [results])
-        rows = [*rows, results["before"]] if "before" in results else rows
+        rows = _rows_of(results)
         found = [row["protocol"] for row in rows]
         scored = {name for row in rows for name in row.get("rewards", {})}
     except (LookupError, TypeError, AttributeError):

@@ -3,6 +3,7 @@
 import base64
 import html
 import io
+import itertools
 import json
 import math
 import re
@@ -241,7 +242,7 @@ def _draw_panel(axes: Any, rows: Sequence[dict[str, Any]], keys: Sequence[str], 
 
     drawn: dict[str, str] = {}
     lowest, highest = math.inf, 0.0
-    for key, colour in zip(keys, SERIES, strict=False):
+    for key, colour in zip(keys, itertools.islice(SERIES, len(keys)), strict=True):
         points = [(row["step"], row[key]) for row in rows if row.get(key) is not None and math.isfinite(row[key])]
         if not points:
             continue
