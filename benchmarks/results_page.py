@@ -1,5 +1,6 @@
 """Tables and plots of docs/results.md: what real_pictures.py and distill_ablation.py share, and those of the former."""
 
+import collections
 import contextlib
 import dataclasses
 import fcntl
@@ -184,9 +185,15 @@ def milliseconds(seconds: float) -> str:
 
 
 def counts_of(rows: Rows) -> list[str]:
-    """Numbers of images; first the one to compare at: the largest of those that most rows have."""
-    have = [{count for row in found for count in row["values"]} for found in rows.values()]
-    return sorted(set().union(*have), key=lambda count: (sum(count in one for one in have), int(count)), reverse=True)
+    """Numbers of images; first the one to compare at: the largest of those that most rows have. A number is left out
+    if every row has a larger one, of as many seeds."""
+    seeds = [collections.Counter(count for row in found for count in row["values"]) for found in rows.values()]
+    counts = sorted({count for one in seeds for count in one}, key=int, reverse=True)
+    needed = [
+        count for i, count in enumerate(counts)
+        if any(one[count] > max((one[larger] for larger in counts[:i]), default=0) for one in seeds)
+    ]  # fmt: skip
+    return sorted(needed, key=lambda count: sum(count in one for one in seeds), reverse=True)
 
 
 # ---- section of a data set

@@ -76,8 +76,8 @@ def measure(model: Pipeline, role: str, ar_steps: int, batch: int, steps: int, r
     if on_gpu:  # records the graphs of small batches
         for window in windows:
             seconds_of(model, window, batch, head_steps, before)
-    else:  # packs the weights
-        seconds_of(model, windows[0], batch, 2, before)
+    else:  # packs the weights, for any batch alike
+        seconds_of(model, windows[0], 1, 2, before)
     rate_seconds = 0.1 if on_gpu else 0.3
     rates, seconds = [], []
     for _ in range(repeats):

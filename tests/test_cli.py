@@ -19,7 +19,7 @@ import tiny
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from marval.__main__ import USAGE, VERBS, main
+from marval.__main__ import RESUMED, USAGE, VERBS, main
 from marval.pipeline import Pipeline
 
 SMALL = ["--model.width", 16, "--model.depth", 1, "--model.heads", 2, "--model.head-width", 16, "--model.head-depth", 1]
@@ -60,6 +60,7 @@ def test_usage_and_help(capsys: pytest.CaptureFixture[str]):
         captured = capsys.readouterr()
         assert not stop.value.code
         assert "--" in captured.out
+        assert ("--resume" in captured.out) == (verb in RESUMED)
         assert captured.err == ""
 
 
@@ -169,6 +170,16 @@ def test_interrupt_says_how_to_go_on(tmp_path: Path):
     assert process.returncode == 130
     assert err.splitlines()[-1].endswith("stopped; a run goes on from its last checkpoint with --resume")
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("line", ["loading", "open http://"])
+def test_an_interrupt_ends_the_demo(line):
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with tiny.start(["demo", "digits/student", "--port", 0], preexec_fn=heed) as process:
+        assert any(said.startswith(line) for said in process.stdout)
+        process.send_signal(signal.SIGINT)
+        err = process.communicate(timeout=60)[1]
+    assert (process.returncode, err) == (0, "")
 
 
 # ---- what they refuse: exit code 2, one line on stderr that names the value and the remedy, nothing written

@@ -240,7 +240,9 @@ def test_rows_are_compared_at_the_number_of_images_that_most_have(scripts):
             {"a": ("20", "100"), "b": ("20", "100"), "c": ("20",)}.items()}  # fmt: skip
     assert scripts[1].counts_of(rows) == ["20", "100"]
     rows["c"][0]["values"]["100"] = None
-    assert scripts[1].counts_of(rows) == ["100", "20"]
+    assert scripts[1].counts_of(rows) == ["100"], "the smaller number tells nothing more"
+    rows["c"].append({"values": {"20": None}})
+    assert scripts[1].counts_of(rows) == ["100", "20"], "of c, two seeds have only the smaller"
 
 
 def test_rows_of_several_devices_are_told_apart(scripts):

@@ -471,6 +471,8 @@ VERBS: dict[str, Callable[[list[str]], None]] = {
     "import-taesd": import_taesd_verb,
     "export": export_verb,
 }
+RESUMED = {"quickstart", "train", "distill", "rl", "evaluate", "encode"}
+"""Verbs with --resume."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -501,7 +503,8 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(2)
     except KeyboardInterrupt as error:
         failure = error
-        print(f"\nmarval {verb}: stopped; a run goes on from its last checkpoint with --resume", file=sys.stderr)
+        goes_on = "; a run goes on from its last checkpoint with --resume" if verb in RESUMED else ""
+        print(f"\nmarval {verb}: stopped{goes_on}", file=sys.stderr)
         sys.exit(130)
     except BaseException as error:
         failure = error

@@ -4,6 +4,7 @@ Python's own server and one page, assets/demo.html: nothing to install, and no n
 """
 
 import base64
+import contextlib
 import io
 import json
 import time
@@ -241,12 +242,12 @@ class Handler(BaseHTTPRequestHandler):
 def serve(names: Sequence[str], host: str, port: int, device: str) -> None:
     """Run `marval demo` until it is interrupted."""
     names = list(dict.fromkeys(names))
-    with Page(host, port) as page:
+    with Page(host, port) as page, contextlib.suppress(KeyboardInterrupt):
         print(f"loading {', '.join(names)}", flush=True)
         page.demo = Demo(names, device)
         print(f"open http://{host}:{page.server_port} (Ctrl-C ends)", flush=True)
         try:
             page.serve_forever()
-        except KeyboardInterrupt:
+        finally:
             page.demo.ends = True
             print()

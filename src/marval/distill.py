@@ -22,6 +22,7 @@ from marval.models.head import DiffusionHead
 from marval.models.mar import MAR, gather_tokens
 from marval.networks import averaged_network, copy_auxiliary, copy_network, own_part, shard_networks, with_part
 from marval.pipeline import Pipeline
+from marval.rng import Stream
 from marval.run import Run
 from marval.sampling import few_evaluations, last, unmask
 from marval.shipped import model_folder
@@ -218,7 +219,7 @@ def distill(
     def read(step: int) -> tuple[Tensor, Tensor]:
         """Tokens of this process's rows, and labels of the whole batch."""
         index = batch_indices(len(data), config.batch, step, config.seed)
-        g = rng.generator(config.seed, 7, step, device=world.device)
+        g = rng.generator(config.seed, Stream.AUGMENT, step, device=world.device)
         own = batch_tokens(data, tokenizer, index, world.rows(config.batch), g, flip=config.flip)
         return own, rng.put(labels_of_data[index], world.device)
 
@@ -264,10 +265,10 @@ def distill(
         if curve.state["stop"]:  # a resumed run that had stopped
             progress.stop(f"stopped: {curve.state['stop']}")
             break
-        g = rng.generator(config.seed, 3, step, device=world.device)
+        g = rng.generator(config.seed, Stream.DISTILL, step, device=world.device)
         if step % config.context_updates == 0:
             contexts = []  # the old ones make room
-            contexts, seen = draw_contexts(*next(batches), g, rng.generator(config.seed, 4, step))
+            contexts, seen = draw_contexts(*next(batches), g, rng.generator(config.seed, Stream.DISTILL_HOST, step))
         elif config.trained == "all":
             contexts = [call("conditions", refreshed, *context) for context in contexts]
         watched, noise_shape = dict(seen), (config.batch, contexts[0].masked.shape[1], tokenizer.token_dim)

@@ -28,6 +28,7 @@ from marval.reference import check_reference
 from marval.reward_checks import check_reward, check_varies
 from marval.reward_files import check_classifier, check_files, code_of, listed
 from marval.rewards import WeightedSum, calibrate, class_prompts, load_reward
+from marval.rng import Stream
 from marval.run import Run, check_folder
 from marval.scoring import Reward, during
 from marval.selection import Selection
@@ -184,8 +185,8 @@ def rl(config: RLConfig, student_folder: str | Path, out: str | Path, resume: bo
                 progress.stop(f"stopped: {selection.state['stop']}")
                 break
             # ---- draw: the numbers of the whole batch; each part takes its rows
-            g = rng.generator(config.seed, 5, step, device=world.device)
-            batch, num_masked = draw_batch(config, model, prompts, g, rng.generator(config.seed, 6, step))
+            g = rng.generator(config.seed, Stream.RL, step, device=world.device)
+            batch, num_masked = draw_batch(config, model, prompts, g, rng.generator(config.seed, Stream.RL_HOST, step))
             visible, masked = batch.orders.tensor_split([length - num_masked], dim=1)
             visible = visible.sort(dim=1).values
             noise_shape = (config.batch, num_masked, student.config.token_dim)

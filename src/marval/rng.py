@@ -5,6 +5,7 @@ or order of work. Training: step n of a run has a generator of its own, from whi
 the whole batch and keeps its share, so neither a resume nor the number of processes changes them.
 """
 
+import enum
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -16,15 +17,28 @@ THREADED = 1 << 20
 """Numbers from which several threads draw those of different images, for a GPU."""
 
 
+class Stream(enum.IntEnum):
+    """What the loops use a run's seed for: `generator` (seed, stream, step). Those of HOST are on a CPU: numbers that
+    Python reads without waiting for a GPU."""
+
+    TRAIN = 1
+    TRAIN_HOST = 2
+    DISTILL = 3
+    DISTILL_HOST = 4
+    RL = 5
+    RL_HOST = 6
+    AUGMENT = 7
+
+
 def generator(*keys: int, device: torch.device | str = "cpu") -> torch.Generator:
     """A generator determined by the keys (non-negative integers) and by nothing else."""
     seed = int(np.random.SeedSequence((len(keys), *keys)).generate_state(1, np.uint64)[0])
     return torch.Generator(device).manual_seed(seed)
 
 
-def seed_dropout(*keys: int) -> None:
-    """Seed PyTorch's global generators, which dropout reads, from keys such as (seed, use, step, first row)."""
-    torch.manual_seed(generator(*keys).initial_seed())
+def seed_dropout(seed: int, step: int, first_row: int) -> None:
+    """Seed PyTorch's global generators, which dropout reads, for these rows of a batch."""
+    torch.manual_seed(generator(seed, 3, step, first_row).initial_seed())
 
 
 def put(x: Tensor, device: torch.device | str) -> Tensor:

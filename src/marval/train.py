@@ -18,6 +18,7 @@ from marval.images import image_grid
 from marval.latents import LatentDataset
 from marval.models.mar import MAR, gather_tokens
 from marval.pipeline import Pipeline
+from marval.rng import Stream
 from marval.run import Run
 from marval.tokenizers import Tokenizer, load_tokenizer, recommended_head_width
 from marval.update import Update, add_weighted, caller, prepare, warmup_then_cosine
@@ -143,7 +144,7 @@ def train(config: TrainConfig, out: str | Path, resume: bool = False) -> Pipelin
     def read(step: int) -> tuple[Tensor, Tensor]:
         """Tokens of this process's rows, and labels of the whole batch."""
         index = batch_indices(len(data), config.batch, step, config.seed)
-        g = rng.generator(config.seed, 7, step, device=world.device)
+        g = rng.generator(config.seed, Stream.AUGMENT, step, device=world.device)
         own = batch_tokens(data, tokenizer, index, world.rows(config.batch), g, config.shift, config.flip)
         return own, rng.put(labels_of_data[index], world.device)
 
@@ -154,8 +155,8 @@ def train(config: TrainConfig, out: str | Path, resume: bool = False) -> Pipelin
             progress.stop(f"stopped: {curve.state['stop']}")
             break
         # ---- draw: the numbers of the whole batch; each part takes its rows
-        g = rng.generator(config.seed, 1, step, device=world.device)
-        host = rng.generator(config.seed, 2, step)
+        g = rng.generator(config.seed, Stream.TRAIN, step, device=world.device)
+        host = rng.generator(config.seed, Stream.TRAIN_HOST, step)
         dropped = torch.rand(config.batch, generator=g, device=world.device) < config.class_drop
         labels = torch.where(dropped, network.config.num_classes, labels)
         share = float(torch.rand((), generator=host))
@@ -170,7 +171,7 @@ def train(config: TrainConfig, out: str | Path, resume: bool = False) -> Pipelin
         watched: dict[str, Tensor] = {}
         for rows, own, weight in parts:
             if network.config.dropout:
-                rng.seed_dropout(config.seed, 3, step, rows.start)
+                rng.seed_dropout(config.seed, step, rows.start)
             _, values = update.backward(
                 teacher_loss, network, schedule, own_tokens[own], visible[rows], masked[rows], labels[rows], t[rows],
                 eps[rows], weight=weight, last=rows is parts[-1].rows,
