@@ -129,7 +129,8 @@ def mean_cost(values: Sequence[int], work: Callable[[int], Any]) -> Cost:
     largest, and a parabola for those between (operations are quadratic in the number of tokens)."""
     tried = sorted({min(values), sorted(values)[len(values) // 2], max(values)})
     costs = [cost_of(functools.partial(work, value)) for value in tried]
-    parabola = np.polynomial.Polynomial.fit(tried, [cost.operations for cost in costs], len(tried) - 1)
+    domain = [tried[0], max(tried[-1], tried[0] + 1)]  # numpy 1 divides by its width
+    parabola = np.polynomial.Polynomial.fit(tried, [cost.operations for cost in costs], len(tried) - 1, domain)
     return Cost(float(parabola(np.array(values)).mean()), max(cost.peak for cost in costs))
 
 
