@@ -118,7 +118,7 @@ class Clip:
             raise ValueError(f"{source!r} is neither a folder nor a hub name such as openai/clip-vit-large-patch14")
         folder = rest or (str(path.parent) if path.is_file() else source)
         with quiet(transformers):
-            # The variant that works on PIL images exists by this name since transformers 5; it needs no torchvision.
+            # The variant that works on PIL images exists by this name since transformers 5.4; it needs no torchvision.
             from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
             try:
