@@ -27,7 +27,7 @@ class Stream(enum.IntEnum):
     DISTILL_HOST = 4
     RL = 5
     RL_HOST = 6
-    AUGMENT = 7
+    DATA = 7
 
 
 def generator(*keys: int, device: torch.device | str = "cpu") -> torch.Generator:

@@ -144,7 +144,7 @@ def train(config: TrainConfig, out: str | Path, resume: bool = False) -> Pipelin
     def read(step: int) -> tuple[Tensor, Tensor]:
         """Tokens of this process's rows, and labels of the whole batch."""
         index = batch_indices(len(data), config.batch, step, config.seed)
-        g = rng.generator(config.seed, Stream.AUGMENT, step, device=world.device)
+        g = rng.generator(config.seed, Stream.DATA, step, device=world.device)
         own = batch_tokens(data, tokenizer, index, world.rows(config.batch), g, config.shift, config.flip)
         return own, rng.put(labels_of_data[index], world.device)
 
