@@ -117,7 +117,7 @@ class _ImageReward(nn.Module):
             tensors = convert(read_state_dict(folder / WEIGHTS)[0])
             vision, text = vision_sizes(tensors, str(folder / WEIGHTS)), read_json(folder / TEXT_CONFIG)
         self.vision, self.text, self.head = networks(transformers, vision, text)
-        self.text.config.pad_token_id = None  # in tokens without memory none can be looked for
+        self.text.config.pad_token_id = None  # else transformers 5.4 looks for padding, in tokens without values
         self.size: int = vision["image_size"]
 
     def forward(self, images: Tensor) -> Tensor:

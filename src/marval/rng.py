@@ -38,7 +38,7 @@ def generator(*keys: int, device: torch.device | str = "cpu") -> torch.Generator
 
 def seed_dropout(seed: int, step: int, first_row: int) -> None:
     """Seed PyTorch's global generators, which dropout reads, for these rows of a batch."""
-    torch.manual_seed(generator(seed, 3, step, first_row).initial_seed())
+    torch.manual_seed(generator(seed, 3, step, first_row).initial_seed())  # four keys: no `Stream`'s
 
 
 def put(x: Tensor, device: torch.device | str) -> Tensor:
